@@ -1,0 +1,385 @@
+"""`TieredKVCache`: quantized KV blocks on the device, the originals in host memory, as one pytree.
+
+Layout, with `NB` blocks of `B` tokens, `N = NB * B` the capacity. A stacked cache has one more leading
+axis `L` on every leaf but `length`; `at(layer)` is a view of one layer that the attention reads.
+
+* tier 1, `codes` and `notes`: every closed block, `[b, Hkv, NB, ...]`;
+* windows, on the device in original precision: the first `sink_tokens`, and a ring of the last
+  `recent_tokens` plus the block being filled, `[b, Hkv, R*B, d]` where block j sits in slot j mod R;
+* tier 2, every original, bit for bit, `[b, Hkv, N, d]` in `pinned_host` memory.
+
+A block is encoded once, when its last token arrives, and is never touched again.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from certjax import host
+from certjax.codecs import Annotations, Codec, annotate, fingerprint
+from certjax.codecs.base import Codes
+from certjax.errors import ContextLengthError, InvalidArgumentError, MissingTier2Error
+from certjax.policy import Policy
+from pallas_kernels import numerics as num
+
+ORIGINAL_DTYPES = ("float16", "bfloat16", "float32")
+
+
+@struct.dataclass
+class TieredKVCache:
+    """Tiered KV cache of one layer, or of all layers stacked. Immutable: every update returns a new one."""
+
+    codes: Codes  # [b, Hkv, NB, ...]
+    notes: Annotations  # [b, Hkv, NB, ...]
+    sink_keys: jax.Array  # [b, Hkv, S, d]
+    sink_values: jax.Array
+    ring_keys: jax.Array  # [b, Hkv, R*B, d]
+    ring_values: jax.Array
+    centre: jax.Array  # [b, Hkv, d] float32
+    host_keys: jax.Array | None  # [b, Hkv, N, d]
+    host_values: jax.Array | None
+    length: jax.Array  # [b] int32, tokens held
+    layer: jax.Array | None = None  # [] int32: tier 2 of this view is layer `layer` of a stacked one
+    codec: Codec = struct.field(pytree_node=False, default=None)
+    block_size: int = struct.field(pytree_node=False, default=16)
+
+    # -- shapes ---------------------------------------------------------------------------------------
+
+    @property
+    def n_blocks(self) -> int:
+        """NB, blocks that fit."""
+        return self.notes.checksum.shape[-1]
+
+    @property
+    def capacity(self) -> int:
+        """N, tokens that fit."""
+        return self.n_blocks * self.block_size
+
+    @property
+    def ring_blocks(self) -> int:
+        """R, blocks in the recent window's ring."""
+        return self.ring_keys.shape[-2] // self.block_size
+
+    @property
+    def head_dim(self) -> int:
+        """d."""
+        return self.ring_keys.shape[-1]
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes of the arrays, tier by tier: `tier1` (codes, metadata, annotations), `windows`, `tier2`."""
+        windows = (self.sink_keys, self.sink_values, self.ring_keys, self.ring_values)
+        return {
+            "tier1": host.nbytes(*jax.tree.leaves((self.codes, self.notes)), self.centre),
+            "windows": host.nbytes(*windows),
+            "tier2": host.nbytes(self.host_keys, self.host_values),
+        }
+
+    # -- construction ---------------------------------------------------------------------------------
+
+    @classmethod
+    def from_prefill(
+        cls,
+        keys: jax.Array,
+        values: jax.Array,
+        policy: Policy,
+        *,
+        lengths: jax.Array | None = None,
+        capacity: int | None = None,
+    ) -> TieredKVCache:
+        """Encode the keys and values of a prompt.
+
+        Parameters
+        ----------
+        keys, values : `[batch, Hkv, N, d]`, or `[L, batch, Hkv, N, d]` for a stacked cache
+            Originals, post-RoPE, float16, bfloat16 or float32.
+        policy
+            Chooses codec, block size and windows.
+        lengths : `[batch]` int32, optional
+            Tokens of each sequence; what lies beyond is ignored. Default: N for all.
+        capacity
+            Tokens the cache can grow to, rounded up to whole blocks. Default: N plus one block.
+
+        Raises
+        ------
+        InvalidArgumentError
+            On mismatched shapes, an unsupported dtype, or a capacity below N.
+        """
+        _check_originals(keys, values)
+        n, d = keys.shape[-2:]
+        block = policy.block_size
+        capacity = n + block if capacity is None else capacity
+        if capacity < n:
+            raise InvalidArgumentError(f"capacity={capacity} is less than the {n} tokens of the prompt.")
+        n_blocks = -(-capacity // block)
+        batch = keys.shape[-4]
+        length = jnp.full((batch,), n, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
+        kind = host.host_memory_kind()
+
+        def one_layer(kv):
+            return _encode_prompt(*kv, length, policy, n_blocks)
+
+        build = one_layer if keys.ndim == 4 else lambda kv: lax.map(one_layer, kv)
+        device_leaves, originals = build((keys, values))
+        return cls(
+            **device_leaves,
+            host_keys=host.to_host(originals[0], kind),
+            host_values=host.to_host(originals[1], kind),
+            length=length,
+            codec=policy.make_codec(),
+            block_size=block,
+        )
+
+    def at(self, layer: jax.Array) -> TieredKVCache:
+        """View of one layer of a stacked cache. Tier 2 is not sliced here (that would copy a layer of host
+        memory); `page_in` adds the layer's index to what it reads."""
+        stacked = (
+            self.codes, self.notes, self.sink_keys, self.sink_values,
+            self.ring_keys, self.ring_values, self.centre,
+        )  # fmt: skip
+        names = ("codes", "notes", "sink_keys", "sink_values", "ring_keys", "ring_values", "centre")
+        leaves = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, layer, 0, keepdims=False), stacked)
+        return self.replace(**dict(zip(names, leaves, strict=True)), layer=layer)
+
+    # -- growth ---------------------------------------------------------------------------------------
+
+    def append(self, k: jax.Array, v: jax.Array) -> TieredKVCache:
+        """Add one token per sequence to a one-layer cache. `k`, `v`: `[batch, Hkv, d]`.
+
+        The block the token completes is encoded at once. A full cache is left as it is by the write (the
+        caller sees it from `length`); `generate` sizes the cache so that this does not happen.
+
+        Raises
+        ------
+        ContextLengthError
+            If called outside jit on a cache that is full.
+        InvalidArgumentError
+            If `k` or `v` has another shape than `[batch, Hkv, d]`.
+        """
+        expected = (*self.ring_keys.shape[:-2], self.head_dim)
+        for name, x in (("k", k), ("v", v)):
+            if x.shape != expected:
+                raise InvalidArgumentError(f"{name} has shape {x.shape}, the cache appends {expected}.")
+        if not isinstance(self.length, jax.core.Tracer) and bool((self.length >= self.capacity).any()):
+            raise ContextLengthError(
+                f"the cache is full ({self.capacity} tokens); build it with a larger `capacity`."
+            )
+        return self.write(k, v).advance()
+
+    def advance(self) -> TieredKVCache:
+        """Count the token that `write` stored, once for all layers."""
+        return self.replace(length=self.length + 1)
+
+    def write(self, k: jax.Array, v: jax.Array, layer: jax.Array | None = None) -> TieredKVCache:
+        """Store one token per sequence, `[batch, Hkv, d]`, at position `length` (of layer `layer` when the
+        cache is stacked) without counting it yet. In place under jit when the cache is donated."""
+        cache = self
+        for row in range(self.length.shape[0]):
+            cache = cache._write_row(row, k[row], v[row], () if layer is None else (layer,))
+        return cache
+
+    def _write_row(self, row: int, k: jax.Array, v: jax.Array, at: tuple) -> TieredKVCache:
+        size, pos = self.block_size, self.length[row]
+        room = pos < self.capacity
+        offset, block = pos % size, pos // size
+        slot = block % self.ring_blocks * size
+        fresh = (jnp.arange(size) == offset)[None, :, None]
+        new = {}
+
+        def window_block(ring, token):  # the block being filled, with the token in it: [Hkv, B, d]
+            old = _take(ring, (*at, row), 1, slot, size)
+            # Opening a block clears what the ring held there, so that the array depends on the tokens only.
+            kept = jnp.where(offset == 0, jnp.zeros_like(old), old)
+            return jnp.where(room, jnp.where(fresh, token[:, None].astype(ring.dtype), kept), old)
+
+        k_block, v_block = window_block(self.ring_keys, k), window_block(self.ring_values, v)
+        new["ring_keys"] = _put(self.ring_keys, k_block, (*at, row), 1, slot)
+        new["ring_values"] = _put(self.ring_values, v_block, (*at, row), 1, slot)
+
+        if self.sink_keys.shape[-2]:
+            for name, token in (("sink_keys", k), ("sink_values", v)):
+                sink = getattr(self, name)
+                there = jnp.minimum(pos, sink.shape[-2] - 1)
+                old = _take(sink, (*at, row), 1, there, 1)
+                token = jnp.where(pos < sink.shape[-2], token[:, None].astype(sink.dtype), old)
+                new[name] = _put(sink, token, (*at, row), 1, there)
+
+        centre = _take(self.centre, (*at, row), 0, 0, self.centre.shape[-2])
+        block_codes, block_notes = _encode_blocks(
+            self.codec, k_block[:, None], v_block[:, None], centre
+        )  # [Hkv, 1, ...]
+        closes = room & (offset == size - 1)
+
+        def store(leaf, encoded):
+            # Written every step, kept only when the block is complete: no branch on the device, no copy.
+            old = _take(leaf, (*at, row), 1, block, 1)
+            return _put(leaf, jnp.where(closes, encoded, old), (*at, row), 1, block)
+
+        new["codes"] = jax.tree.map(store, self.codes, block_codes)
+        new["notes"] = jax.tree.map(store, self.notes, block_notes)
+
+        if self.host_keys is not None:
+            there = jnp.minimum(pos, self.capacity - 1)
+            for name, token in (("host_keys", k), ("host_values", v)):
+                tier2 = getattr(self, name)
+                token = token.astype(tier2.dtype)[:, None]
+                if host.in_host_memory(tier2):
+                    token = jax.device_put(token, host.Space.Host)
+                new[name] = _put(tier2, token, (*at, row), 1, there)
+        return self.replace(**new)
+
+    # -- tier 2 ---------------------------------------------------------------------------------------
+
+    def require_tier2(self) -> None:
+        """Refuse a cache whose originals are missing or not where the backend can keep them (P4).
+
+        Raises
+        ------
+        MissingTier2Error
+        """
+        if self.host_keys is None or self.host_values is None:
+            raise MissingTier2Error(
+                "tier 2 (the original keys and values) is missing from this cache, so nothing can be certified "
+                "or recovered; keep host_keys and host_values, or use mode='naive' to run without guarantees."
+            )
+        for name in ("host_keys", "host_values"):
+            x = getattr(self, name)
+            if host.host_memory_kind() == host.PINNED and not host.in_host_memory(x):
+                raise MissingTier2Error(
+                    f"{name} is in {jax.typeof(x).memory_space} and not in {host.PINNED} memory; move it back "
+                    "with jax.device_put(x, jax.memory.Space.Host)."
+                )
+
+    def page_in(self, row, head, start, size: int) -> tuple[jax.Array, jax.Array]:
+        """`size` original keys and values `[size, d]` of one sequence and KV head, on the device."""
+        return self.page_in_keys(row, head, start, size), self.page_in_values(row, head, start, size)
+
+    def page_in_keys(self, row, head, start, size: int) -> jax.Array:
+        """`size` original keys `[size, d]`."""
+        return self._page(self.host_keys, row, head, start, size)
+
+    def page_in_values(self, row, head, start, size: int) -> jax.Array:
+        """`size` original values `[size, d]`."""
+        return self._page(self.host_values, row, head, start, size)
+
+    def _page(self, tier2, row, head, start, size):
+        at = () if self.layer is None else (self.layer,)
+        starts = (*at, row, head, start, 0)
+        piece = host.read(tier2, starts, (*[1] * (len(at) + 2), size, self.head_dim))
+        return piece.reshape(size, self.head_dim)
+
+    # -- P1 -------------------------------------------------------------------------------------------
+
+    def verify(self) -> jax.Array:
+        """Whether each block's codes, metadata and annotations are what was stored: bool `[..., NB]`.
+        Blocks that were never closed count as intact."""
+        stored = self.notes.checksum
+        closed = jnp.arange(self.n_blocks) < (self.length // self.block_size)[:, None, None]
+        return (fingerprint(self.codes, self.notes) == stored) | ~closed
+
+
+def _check_originals(keys: jax.Array, values: jax.Array) -> None:
+    if keys.shape != values.shape or keys.ndim not in (4, 5):
+        raise InvalidArgumentError(
+            f"keys and values must both be [batch, Hkv, N, d] (or [L, batch, Hkv, N, d]); got {keys.shape} "
+            f"and {values.shape}."
+        )
+    if keys.dtype != values.dtype or str(keys.dtype) not in ORIGINAL_DTYPES:
+        raise InvalidArgumentError(
+            f"keys and values must share one dtype of {', '.join(ORIGINAL_DTYPES)}; got {keys.dtype} and "
+            f"{values.dtype}."
+        )
+
+
+def _encode_blocks(codec: Codec, keys, values, centre, doubt=0.0) -> tuple[Codes, Annotations]:
+    """`keys`, `values`: [..., NB, B, d] originals; `centre`: [..., d]; `doubt`: see `annotate`."""
+    k, v = keys.astype(jnp.float32), values.astype(jnp.float32)
+    codes = codec.encode(k, v)
+    return codes, annotate(codec, k, v, centre, codes, doubt)
+
+
+def _prompt_centre(policy: Policy, values: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`c` [b, Hkv, d] float32, and how far two evaluations of it can lie apart [b, Hkv]."""
+    b, h, n, d = values.shape
+    if policy.centre == "zero":
+        return jnp.zeros((b, h, d), jnp.float32), jnp.zeros((b, h), jnp.float32)
+    weight = (1.0 / jnp.maximum(length, 1)).astype(jnp.float32)[:, None, None, None]
+    weight = jnp.broadcast_to(weight, (b, h, 1, n))
+    v = values.astype(jnp.float32)  # zero beyond the length
+    centre = num.weighted_sum(weight, v)[:, :, 0]
+    magnitude = num.norm_up(num.weighted_sum(weight, jnp.abs(v))[:, :, 0])
+    usable = jnp.isfinite(magnitude)
+    return (
+        jnp.where(usable[..., None], centre, 0.0),
+        jnp.where(usable, 2 * num.gamma(num.sum_depth(n) + 4) * magnitude, 0.0),
+    )
+
+
+def _encode_prompt(keys, values, length, policy: Policy, n_blocks: int):
+    """Everything but tier 2's placement, for one layer: `[b, Hkv, N, d]` in, a dict of leaves out."""
+    b, h, n, d = keys.shape
+    size = policy.block_size
+    grow = ((0, 0), (0, 0), (0, n_blocks * size - n), (0, 0))
+    valid = (jnp.arange(n_blocks * size) < length[:, None])[:, None, :, None]
+    keys, values = (jnp.where(valid, jnp.pad(x, grow), 0) for x in (keys, values))
+
+    centre, doubt = _prompt_centre(policy, values, length)
+    blocked = (b, h, n_blocks, size, d)
+    codes, notes = _encode_blocks(
+        policy.make_codec(), keys.reshape(blocked), values.reshape(blocked), centre, doubt
+    )
+    closed = jnp.arange(n_blocks) < (length // size)[:, None, None]  # [b, 1, NB]
+
+    def only_closed(x):
+        return jnp.where(closed.reshape(b, 1, n_blocks, *[1] * (x.ndim - 3)), x, jnp.zeros_like(x))
+
+    ring = [_ring_of(x, length, policy.ring_blocks, size) for x in (keys, values)]
+    leaves = dict(
+        codes=jax.tree.map(only_closed, codes),
+        notes=jax.tree.map(only_closed, notes),
+        sink_keys=_head_of(keys, policy.sink_tokens),
+        sink_values=_head_of(values, policy.sink_tokens),
+        ring_keys=ring[0],
+        ring_values=ring[1],
+        centre=centre,
+    )
+    return leaves, (keys, values)
+
+
+def _head_of(x: jax.Array, n: int) -> jax.Array:
+    """First `n` tokens, zeros where the capacity is smaller."""
+    x = x[..., :n, :]
+    return jnp.pad(x, ((0, 0), (0, 0), (0, n - x.shape[-2]), (0, 0)))
+
+
+def _ring_of(x: jax.Array, length: jax.Array, ring_blocks: int, size: int) -> jax.Array:
+    """The last `ring_blocks` blocks of `[b, Hkv, N, d]` in their slots; zeros where there is none."""
+    b, h, n, d = x.shape
+    block = ring_block_index(length, ring_blocks, size)  # [b, R]
+    blocks = x.reshape(b, h, n // size, size, d)
+    picked = jnp.take_along_axis(blocks, jnp.maximum(block, 0)[:, None, :, None, None], axis=2)
+    picked = jnp.where((block >= 0)[:, None, :, None, None], picked, 0)
+    return picked.reshape(b, h, ring_blocks * size, d)
+
+
+def ring_block_index(length: jax.Array, ring_blocks: int, size: int) -> jax.Array:
+    """Block held by each slot of the ring, negative where none: `[b]` -> `[b, R]`."""
+    last = (length - 1)[:, None] // size
+    return last - (last - jnp.arange(ring_blocks)) % ring_blocks
+
+
+def _take(x: jax.Array, lead: tuple, axis: int, start, size: int) -> jax.Array:
+    """`x[*lead, ..., start:start+size, ...]` where `axis` counts from the end of `lead`."""
+    rest = x.ndim - len(lead)
+    starts = (*lead, *[start if i == axis else 0 for i in range(rest)])
+    sizes = (*[1] * len(lead), *[size if i == axis else x.shape[len(lead) + i] for i in range(rest)])
+    return lax.dynamic_slice(x, starts, sizes).reshape(sizes[len(lead) :])
+
+
+def _put(x: jax.Array, piece: jax.Array, lead: tuple, axis: int, start) -> jax.Array:
+    """The inverse of `_take`: `x` with `piece` stored there."""
+    rest = x.ndim - len(lead)
+    starts = (*lead, *[start if i == axis else 0 for i in range(rest)])
+    return lax.dynamic_update_slice(x, piece.reshape(*[1] * len(lead), *piece.shape), starts)

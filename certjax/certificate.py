@@ -1,0 +1,84 @@
+"""The certificate of a head-step: what is known about the distance of an output to exact attention."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+
+@struct.dataclass
+class Certificate:
+    """One record per head-step; every leaf is `[batch, Hq]`.
+
+    *Candidate* fields speak of the quantized attempt (after rungs 1 and 2, before rungs 3 and 4); the others
+    of the vector that was returned. A dense head-step has `e_key = e_val = 0`.
+
+    Attributes
+    ----------
+    e_key, e_val, e_arith
+        Bounds on the error from tier-1 keys, tier-1 values, and the arithmetic of the kernels.
+    e_total
+        Certified bound: `||O_returned - O*|| <= e_total`, always. At most `e_key + e_val + e_arith`, less
+        where the trivial bound (both vectors lie in the values' ball) is smaller.
+    e_key_paper, e_val_paper
+        The paper's bounds for the same head-step.
+    tolerance
+        What the budget policy allowed, in units of the output; infinite for the paper policy.
+    tail_mass
+        Softmax mass, by tier-1 scores, of blocks whose keys were not original.
+    delta_max
+        Largest score perturbation Delta_t left.
+    k_star, n_value_promoted
+        Blocks whose keys / values were replaced by originals.
+    rung
+        0 nothing promoted, 1 key blocks promoted beyond the base set, 2 value blocks promoted, 3 dense (this
+        head), 4 dense (whole layer, a check failed).
+    ranking_ok, boundary_ok, canary_ok, precondition_ok
+        Outcomes of the checks; `precondition_ok` joins P1 (fingerprints) and P3 (finite scores and bounds).
+    bytes_paged_in
+        Read from tier 2, charged once per KV head to the first query head that asked.
+    out_norm
+        `||O_returned||`.
+    """
+
+    e_key: jax.Array
+    e_val: jax.Array
+    e_arith: jax.Array
+    e_total: jax.Array
+    e_key_paper: jax.Array
+    e_val_paper: jax.Array
+    e_key_candidate: jax.Array
+    e_val_candidate: jax.Array
+    e_arith_candidate: jax.Array
+    e_total_candidate: jax.Array
+    e_key_paper_candidate: jax.Array
+    e_val_paper_candidate: jax.Array
+    out_norm: jax.Array
+    out_norm_candidate: jax.Array
+    tolerance: jax.Array
+    tail_mass: jax.Array
+    delta_max: jax.Array
+    k_star: jax.Array
+    n_value_promoted: jax.Array
+    rung: jax.Array
+    ranking_ok: jax.Array
+    boundary_ok: jax.Array
+    canary_ok: jax.Array
+    precondition_ok: jax.Array
+    bytes_paged_in: jax.Array
+
+
+_COUNTS = ("k_star", "n_value_promoted", "rung", "bytes_paged_in")
+
+
+def empty_certificate(shape: tuple[int, ...]) -> Certificate:
+    """A buffer for records: zeros of `shape` with the dtypes that `certified_attention` returns."""
+
+    def zeros(name: str) -> jax.Array:
+        dtype = jnp.int32 if name in _COUNTS else jnp.bool_ if name.endswith("_ok") else jnp.float32
+        return jnp.zeros(shape, dtype)
+
+    return Certificate(**{field.name: zeros(field.name) for field in dataclasses.fields(Certificate)})

@@ -1,0 +1,151 @@
+"""Rungs 3 and 4: which heads fall back to dense attention over the originals, and what is returned.
+
+Rungs 1 and 2 (promotion of key and value blocks) are in the plan; this file climbs the rest.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from certjax.attempt import Attempt, Checks, Problem
+from certjax.cache import TieredKVCache
+from certjax.certificate import Certificate
+from certjax.policy import Policy
+from certjax.select import Plan
+from pallas_kernels import numerics as num
+from pallas_kernels.dense.reference import Originals, dense_heads
+
+
+@struct.dataclass
+class Returned:
+    """What is going to be returned, as the ladder is climbed. Leaves `[b, Hkv, G]` but `out`."""
+
+    out: jax.Array  # [b, Hkv, G, d]
+    e_total: jax.Array
+    dense: jax.Array  # bool
+
+
+def absolute_tolerance(policy: Policy, out: jax.Array) -> jax.Array:
+    """The budget in units of the output: `[b, Hkv, G, d]` -> `[b, Hkv, G]`; infinite without a tolerance.
+
+    "layer" is relative to the norm of the layer's concatenated heads over sqrt(Hq).
+    """
+    squared = (out.astype(jnp.float32) ** 2).sum(-1)
+    if policy.tolerance is None:
+        return jnp.full(squared.shape, jnp.inf)
+    if policy.relative_to == "absolute":
+        return jnp.full(squared.shape, policy.tolerance)
+    if policy.relative_to == "head":
+        return policy.tolerance * jnp.sqrt(squared)
+    return jnp.broadcast_to(
+        policy.tolerance * jnp.sqrt(squared.mean((1, 2), keepdims=True)), squared.shape
+    )
+
+
+def originals_of(cache: TieredKVCache) -> Originals:
+    """All originals of one sequence and KV head, from tier 2."""
+
+    def read(row, head):
+        return cache.page_in(row, head, 0, cache.capacity)
+
+    return read
+
+
+def climb(
+    policy: Policy,
+    problem: Problem,
+    cache: TieredKVCache,
+    plan: Plan,
+    candidate: Attempt,
+    passed: Checks,
+    sound: jax.Array,
+) -> tuple[jax.Array, Certificate]:
+    """Fall back where a check failed or the bound exceeds the tolerance; return outputs and certificates.
+
+    `sound`: [b, Hkv] outcome of the preconditions. A canary or precondition failure takes the whole layer of
+    that sequence (rung 4), everything else its own head (rung 3).
+    """
+    layer_failed = ~(sound.all(1) & passed.canary.all((1, 2)))  # [b]
+    forced = plan.give_up | ~passed.ranking | ~passed.boundary | layer_failed[:, None, None]
+
+    def needing(state: Returned) -> jax.Array:
+        over = ~(state.e_total <= absolute_tolerance(policy, state.out))
+        return (forced | over if policy.tolerance is not None else forced) & ~state.dense
+
+    def make_dense(state: Returned) -> Returned:
+        need = needing(state)
+        out, error = dense_heads(
+            problem.q, originals_of(cache), cache.length, need.any(-1), state.out, state.e_total
+        )
+        return Returned(
+            out=jnp.where(need[..., None], out, state.out),
+            e_total=jnp.where(need, error, state.e_total),
+            dense=state.dense | need,
+        )
+
+    # A dense head changes the layer's norm and with it the tolerance of the others: repeat until all hold.
+    # Usually no round or one; each round adds heads, so there are at most Hq. No head in need, no work.
+    start = Returned(out=candidate.out, e_total=candidate.e_total, dense=jnp.zeros(forced.shape, bool))
+    final = lax.while_loop(lambda s: needing(s).any(), make_dense, start)
+    return final.out, _certificate(policy, problem, cache, plan, candidate, passed, sound, layer_failed, final)
+
+
+def _certificate(
+    policy, problem, cache, plan, candidate, passed, sound, layer_failed, final
+) -> Certificate:
+    dense, zero = final.dense, jnp.zeros(final.e_total.shape)
+    k_star, n_values = plan.keys.sum(-1), plan.values.sum(-1)
+    climbed = jnp.where(n_values > 0, 2, jnp.where(plan.raised, 1, 0))
+    rung = jnp.where(dense, jnp.where(layer_failed[:, None, None], 4, 3), climbed)
+    left = jnp.where(problem.active & ~plan.keys, candidate.mass, 0.0).sum(-1)
+
+    def returned(quantized, exact=zero):
+        return jnp.where(dense, exact, quantized)
+
+    def per_head(x):
+        return jnp.broadcast_to(x[:, :, None], dense.shape)
+
+    return Certificate(
+        e_key=returned(candidate.e_key),
+        e_val=returned(candidate.e_val),
+        e_arith=returned(candidate.e_arith, final.e_total),
+        e_total=final.e_total,
+        e_key_paper=returned(candidate.e_key_paper),
+        e_val_paper=returned(candidate.e_val_paper),
+        e_key_candidate=candidate.e_key,
+        e_val_candidate=candidate.e_val,
+        e_arith_candidate=candidate.e_arith,
+        e_total_candidate=candidate.e_total,
+        e_key_paper_candidate=candidate.e_key_paper,
+        e_val_paper_candidate=candidate.e_val_paper,
+        out_norm=num.norm_up(final.out),
+        out_norm_candidate=num.norm_up(candidate.out),
+        tolerance=absolute_tolerance(policy, final.out),
+        tail_mass=left,
+        delta_max=candidate.delta_max,
+        k_star=k_star.astype(jnp.int32),
+        n_value_promoted=n_values.astype(jnp.int32),
+        rung=rung.astype(jnp.int32),
+        ranking_ok=passed.ranking,
+        boundary_ok=passed.boundary,
+        canary_ok=passed.canary,
+        precondition_ok=per_head(sound),
+        bytes_paged_in=_bytes_read(cache, plan, passed, dense),
+    )
+
+
+def _bytes_read(cache: TieredKVCache, plan: Plan, passed: Checks, dense: jax.Array) -> jax.Array:
+    """Bytes read from tier 2, each charged once, to the first query head of the group that asked."""
+    token = cache.head_dim * cache.host_keys.dtype.itemsize
+    block = cache.block_size * token
+
+    def first(asked):  # [b, Hkv, G, ...]: keep the first query head
+        return asked & (jnp.cumsum(asked, 2) == 1)
+
+    explored = passed.pages & ~plan.keys.any(2)
+    blocks = first(plan.keys).sum(-1) + first(plan.values).sum(-1)
+    blocks = blocks.at[:, :, 0].add(explored.sum(-1))
+    return (blocks * block + first(dense) * (2 * token * cache.capacity)).astype(jnp.int32)

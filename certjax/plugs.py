@@ -1,0 +1,78 @@
+"""The attention a model decodes with: dense, naive or certified, behind one signature.
+
+A plug is `attend(q, k, v, cache, layer) -> (out, cache, record)`: it stores the token's key and value at
+`layer` of a stacked cache and attends to everything stored. `q`: [b, 1, Hq, d]; `k`, `v`: [b, 1, Hkv, d].
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from certjax.attention import certified_attention, naive_attention
+from certjax.cache import TieredKVCache
+from certjax.dense_cache import DenseKVCache
+from certjax.errors import InvalidArgumentError
+from certjax.policy import Policy
+from pallas_kernels.dense.reference import dense_reference
+
+Mode = Literal["dense", "naive", "certified"]
+MODES: tuple[str, ...] = ("dense", "naive", "certified")
+Plug = Callable[[jax.Array, jax.Array, jax.Array, Any, jax.Array], tuple[jax.Array, Any, Any]]
+
+
+def make_plug(mode: Mode, policy: Policy) -> Plug:
+    """The plug of a mode.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the mode is unknown.
+    """
+    if mode == "dense":
+        return _dense
+    if mode == "naive":
+        return _naive
+    if mode == "certified":
+        return functools.partial(_certified, policy=policy)
+    raise InvalidArgumentError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}.")
+
+
+def make_cache(mode: Mode, policy: Policy, prefilled: DenseKVCache) -> DenseKVCache | TieredKVCache:
+    """The cache a mode decodes with, from the originals that prefill left on the device."""
+    if mode == "dense":
+        return prefilled
+    cache = TieredKVCache.from_prefill(
+        prefilled.keys, prefilled.values, policy, lengths=prefilled.length, capacity=prefilled.keys.shape[-2]
+    )
+    # Naive never looks at the originals, so it does not hold them.
+    return cache.replace(host_keys=None, host_values=None) if mode == "naive" else cache
+
+
+def _dense(q, k, v, cache: DenseKVCache, layer):
+    b, _, n_heads, d = q.shape
+    cache = cache.write(k, v, layer, cache.length)
+    grouped = q[:, 0].astype(jnp.float32).reshape(b, k.shape[2], -1, d)
+    out = dense_reference(grouped, cache.keys, cache.values, cache.length + 1, layer)
+    return out.reshape(b, 1, n_heads, d), cache, None
+
+
+def _view(k, v, cache: TieredKVCache, layer) -> tuple[TieredKVCache, TieredKVCache]:
+    """The cache with the token stored, and a view of its layer that counts it."""
+    cache = cache.write(k[:, 0], v[:, 0], layer)
+    return cache, cache.at(layer).advance()
+
+
+def _naive(q, k, v, cache: TieredKVCache, layer):
+    cache, view = _view(k, v, cache, layer)
+    return naive_attention(q[:, 0], view)[:, None], cache, None
+
+
+def _certified(q, k, v, cache: TieredKVCache, layer, *, policy: Policy):
+    cache, view = _view(k, v, cache, layer)
+    out, certificate = certified_attention(q[:, 0], view, policy)
+    return out[:, None], cache, certificate

@@ -1,0 +1,139 @@
+"""`Policy`: everything a user decides about certified attention, static under jit."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from certjax.codecs import Codec, make_codec
+from certjax.errors import InvalidArgumentError
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise InvalidArgumentError(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """How tier 1 is stored, what is promoted, and when a head falls back to dense attention.
+
+    Use the presets: `Policy.paper()` and `Policy.budget(...)`, each taking any field as an override.
+
+    Attributes
+    ----------
+    kind
+        Selection policy: "paper" (promote by mass) or "budget" (promote until a tolerance is met).
+    codec, block_size, group_size, key_metadata
+        Tier-1 format, `B`, `g`, and the dtype of key scales and offsets.
+    centre
+        `c` in `nu_t = ||v_t - c||`: "zero", or "mean" of the prompt's values per KV head.
+    sink_tokens, recent_tokens
+        Windows kept on the device in original precision, multiples of `block_size`.
+    tolerance, relative_to
+        Budget policy: largest certified error of a returned head that is not dense, as a fraction of the
+        norm of the layer's concatenated head outputs over sqrt(Hq) ("layer"), of the head's own output
+        ("head"), or as it is ("absolute").
+    margin
+        The plan aims at `margin * tolerance`, because masses move when original keys replace codes.
+    max_promoted
+        A head whose plan needs more than this fraction of its originals goes dense at once.
+    tau_cov, k_min, k_max, v_tol, rung1_threshold, rung1_multiplier
+        Paper policy (arXiv:2605.20868): coverage, clamp of K, value threshold, rung 1.
+    ranking_depth
+        `r` of the ranking and boundary checks; 0 turns both off.
+    eps_guard
+        Slack of the boundary check, in log-mass.
+    canary, exploration, seed
+        Score-consistency check on every block paged in, plus a random fraction of the others per step.
+    scrub
+        Every block's fingerprint (P1) is verified once in `scrub` steps; 1 is every step, 0 is never.
+    """
+
+    kind: Literal["paper", "budget"]
+    codec: str = "int8_int4"
+    block_size: int = 16
+    group_size: int = 16
+    key_metadata: Literal["float32", "float16"] = "float32"
+    centre: Literal["zero", "mean"] = "zero"
+    sink_tokens: int = 0
+    recent_tokens: int = 0
+    tolerance: float | None = None
+    relative_to: Literal["layer", "head", "absolute"] = "layer"
+    margin: float = 0.9
+    max_promoted: float = 0.5
+    tau_cov: float = 0.995
+    k_min: int = 2
+    k_max: int = 128
+    v_tol: float = 0.05
+    rung1_threshold: float = 0.02
+    rung1_multiplier: float = 2.0
+    ranking_depth: int = 1
+    eps_guard: float = 1e-6
+    canary: bool = True
+    exploration: float = 0.0
+    seed: int = 0
+    scrub: int = 16
+
+    @classmethod
+    def paper(cls, **overrides) -> Policy:
+        """The paper's policy with its defaults: no windows, coverage 0.995, `K` in [2, 128]."""
+        return cls(**{"kind": "paper", **overrides})
+
+    @classmethod
+    def budget(
+        cls, tolerance: float = 0.05, relative_to: Literal["layer", "head", "absolute"] = "layer", **overrides
+    ) -> Policy:
+        """Certified error of every returned head at most `tolerance`, or the head is dense."""
+        preset = dict(sink_tokens=16, recent_tokens=128, ranking_depth=0, centre="mean")
+        return cls(**{"kind": "budget", **preset, "tolerance": tolerance, "relative_to": relative_to, **overrides})
+
+    def __post_init__(self):
+        _require(self.kind in ("paper", "budget"), f"kind must be 'paper' or 'budget', got {self.kind!r}.")
+        self.make_codec()
+        _require(self.block_size >= 1, f"block_size must be at least 1, got {self.block_size}.")
+        _require(self.centre in ("zero", "mean"), f"centre must be 'zero' or 'mean', got {self.centre!r}.")
+        for name in ("sink_tokens", "recent_tokens"):
+            n = getattr(self, name)
+            _require(
+                n >= 0 and n % self.block_size == 0,
+                f"{name} must be a non-negative multiple of block_size={self.block_size}, got {n}.",
+            )
+        if self.kind == "budget":
+            _require(
+                self.tolerance is not None and self.tolerance > 0,
+                f"tolerance must be positive, got {self.tolerance}; for exact attention use mode='dense'.",
+            )
+        else:
+            _require(
+                self.tolerance is None,
+                "the paper policy enforces no tolerance; drop `tolerance` or use Policy.budget(...).",
+            )
+        _require(
+            self.relative_to in ("layer", "head", "absolute"),
+            f"relative_to must be 'layer', 'head' or 'absolute', got {self.relative_to!r}.",
+        )
+        for name in ("margin", "max_promoted", "tau_cov"):
+            x = getattr(self, name)
+            _require(0 < x <= 1, f"{name} must be in (0, 1], got {x}.")
+        _require(
+            1 <= self.k_min <= self.k_max,
+            f"k_min and k_max must satisfy 1 <= k_min <= k_max, got {self.k_min} and {self.k_max}.",
+        )
+        _require(self.v_tol >= 0, f"v_tol must be non-negative, got {self.v_tol}.")
+        _require(self.rung1_multiplier >= 1, f"rung1_multiplier must be at least 1, got {self.rung1_multiplier}.")
+        _require(self.ranking_depth >= 0, f"ranking_depth must be non-negative, got {self.ranking_depth}.")
+        _require(0 <= self.exploration <= 1, f"exploration must be in [0, 1], got {self.exploration}.")
+        _require(
+            self.exploration == 0 or self.canary, "exploration feeds the canary; set canary=True to use it."
+        )
+        _require(self.scrub >= 0, f"scrub must be non-negative, got {self.scrub}.")
+
+    def make_codec(self) -> Codec:
+        """The tier-1 codec this policy asks for."""
+        return make_codec(self.codec, group_size=self.group_size, key_metadata=self.key_metadata)
+
+    @property
+    def ring_blocks(self) -> int:
+        """Blocks of the recent window's ring: the window and the block being filled."""
+        return self.recent_tokens // self.block_size + 1

@@ -1,0 +1,120 @@
+"""Float32 arithmetic with a known worst case: error constants, and sums whose depth is fixed.
+
+The bounds used here are the standard ones of N. J. Higham, *Accuracy and Stability of Numerical
+Algorithms*, 2nd ed., ch. 3-4: a sum or dot product of n terms in any order is off by at most
+`gamma(n)` times the sum of the absolute values. `docs/bounds.md` says where each constant enters.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+U = 2.0**-24
+"""Unit roundoff of float32."""
+
+EXP_RELATIVE_ERROR = 2.0**-16
+"""Allowance for `exp(s - m)` as computed: the rounding of `s - m` (|s - m| <= 88 wherever the result
+is not flushed to zero, so at most 88 U = 5.3e-6) and the error of the back end's exp itself, for which
+10 ulp are left. `tests/test_numerics.py` measures it on the device it runs on."""
+
+NORM_SLACK = 1.0 + 2.0**-15
+"""Covers the rounding of a float32 Euclidean norm of up to 500 terms."""
+
+UNDERFLOW = 2.0**-90
+"""Allowance per token for softmax weights flushed to zero, valid while every score perturbation is
+below `MAX_DELTA`: a flushed weight is below 2^-126, times e^20 < 2^29 stays below 2^-97."""
+
+MAX_DELTA = 20.0
+"""Score perturbations above this make the exponential bounds useless; the bound then is infinite."""
+
+ABSOLUTE_FLOOR = 2.0**-100
+"""Added to every bound: covers whatever products of tiny operands lose to flushing (2^-126 each)."""
+
+CHUNK = 256
+"""Target length of the inner level of a two-level sum."""
+
+
+def gamma(n: int) -> float:
+    """Higham's `gamma_n = n u / (1 - n u)` for float32.
+
+    Raises
+    ------
+    ValueError
+        If `n u >= 1/2`, where the bound stops being meaningful.
+    """
+    if n * U >= 0.5:
+        raise ValueError(f"gamma({n}): too many float32 terms for a useful error bound")
+    return n * U / (1.0 - n * U)
+
+
+def chunk_length(n: int) -> int:
+    """Largest divisor of `n` that is at most `CHUNK`: the inner length of a two-level sum."""
+    return next(c for c in range(min(n, CHUNK), 0, -1) if n % c == 0)
+
+
+def sum_depth(n: int) -> int:
+    """Number of terms a result of `sum_tokens`/`weighted_sum` over `n` tokens passes through."""
+    if n == 0:
+        return 0
+    c = chunk_length(n)
+    return c + n // c
+
+
+def sum_tokens(x: jax.Array) -> jax.Array:
+    """Sum over the last axis in two levels. `x`: [..., N] -> [...].
+
+    Every term passes through at most `sum_depth(N)` additions, whatever order the compiler takes inside
+    a level; the barrier keeps it from merging the two levels into one.
+    """
+    n = x.shape[-1]
+    c = chunk_length(n)
+    partial = lax.optimization_barrier(x.reshape(*x.shape[:-1], n // c, c).sum(-1))
+    return partial.sum(-1)
+
+
+def weighted_sum(w: jax.Array, v: jax.Array) -> jax.Array:
+    """`sum_t w_t v_t` in two levels. `w`: [..., G, N], `v`: [..., N, d] -> [..., G, d], float32."""
+    *lead, n, d = v.shape
+    c = chunk_length(n)
+    w = w.reshape(*lead, w.shape[-2], n // c, c)
+    v = v.reshape(*lead, n // c, c, d)
+    partial = jnp.einsum("...gsc,...scd->...sgd", w, v, precision=lax.Precision.HIGHEST)
+    return lax.optimization_barrier(partial).sum(-3)
+
+
+def dot_scores(q: jax.Array, k: jax.Array) -> jax.Array:
+    """`q.k / sqrt(d)` in float32. `q`: [..., G, d], `k`: [..., N, d] -> [..., G, N].
+
+    Off from real arithmetic by at most `gamma(d + 4) ||q|| ||k|| / sqrt(d)`: d products and additions,
+    one scaling, and the rounding of 1/sqrt(d) itself.
+    """
+    d = q.shape[-1]
+    s = jnp.einsum("...gd,...nd->...gn", q, k, precision=lax.Precision.HIGHEST)
+    return s * jnp.float32(d**-0.5)
+
+
+def norm_up(x: jax.Array) -> jax.Array:
+    """Euclidean norm over the last axis, never below the true one; no overflow, no underflow to 0.
+
+    `x`: [..., d] float32 -> [...] float32. NaN and infinities propagate.
+    """
+    m = jnp.abs(x).max(-1, keepdims=True)
+    # Dividing by a subnormal would overflow; a true norm below sqrt(d) 2^-100 is rounded up to that.
+    m = jnp.where(m > 0, jnp.maximum(m, 2.0**-100), m)
+    scaled = x / jnp.where(m > 0, m, 1.0)
+    return (m * jnp.sqrt((scaled * scaled).sum(-1, keepdims=True)) * NORM_SLACK)[..., 0]
+
+
+def round_up_bf16(x: jax.Array) -> jax.Array:
+    """Smallest bfloat16 that is at least `x` (float32, x >= 0, or inf/NaN).
+
+    bfloat16 rather than float16: an annotation must not overflow (the norm of float16 values reaches
+    65504 sqrt(d)) nor vanish (residuals of subnormal inputs), and its 2^-8 relative step costs little.
+    """
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    up = (bits + jnp.uint32(0xFFFF)) & jnp.uint32(0xFFFF0000)
+    # inf and NaN would be carried into other bit patterns by the addition: they pass unchanged.
+    up = jnp.where(jnp.isfinite(x), up, bits)
+    return lax.bitcast_convert_type(up, jnp.float32).astype(jnp.bfloat16)

@@ -1,0 +1,80 @@
+"""Promotion: read the originals of chosen blocks from the host tier, block by block.
+
+A block is read once for the `G` query heads of its KV head, whichever of them asked for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import numerics as num
+
+PageIn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""`(row, kv_head, block) -> [B, d]` originals of one block, on the device."""
+
+
+def promoted_scores(
+    q: jax.Array,  # [b, Hkv, G, d] float32
+    scores: jax.Array,  # [b, Hkv, G, NB, B] with tier-1 keys
+    pages: jax.Array,  # [b, Hkv, NB] bool, blocks to read
+    page_in_keys: PageIn,
+) -> jax.Array:  # [b, Hkv, G, NB, B]
+    """`scores`, with the blocks in `pages` rescored with their original keys."""
+
+    def visit(row, head, block, s):
+        exact = num.dot_scores(q[row, head], page_in_keys(row, head, block).astype(jnp.float32))
+        return lax.dynamic_update_slice(s, exact[None, None, :, None], (row, head, 0, block, 0))
+
+    return _for_each_page(pages, visit, scores)
+
+
+def promoted_values(
+    w: jax.Array,  # [b, Hkv, G, NB, B] softmax numerators
+    promoted: jax.Array,  # [b, Hkv, G, NB] bool
+    v_hat: jax.Array,  # [b, Hkv, N, d] float32
+    page_in_values: PageIn,
+) -> tuple[jax.Array, jax.Array]:
+    """`sum w v` over promoted blocks `[b, Hkv, G, d]`, and `||v_t - v^_t||` of the tokens read
+    `[b, Hkv, NB, B]` (0 elsewhere), for the canary."""
+    b, n_heads, group, n_blocks, size = w.shape
+    d = v_hat.shape[-1]
+    w = jnp.where(promoted[..., None], w, 0.0)
+
+    def visit(row, head, block, carry):
+        acc, residual = carry
+        v = page_in_values(row, head, block).astype(jnp.float32)
+        w_block = lax.dynamic_slice(w, (row, head, 0, block, 0), (1, 1, group, 1, size))[0, 0, :, 0]
+        old = lax.dynamic_slice(acc, (row, head, 0, 0), (1, 1, group, d))
+        new = old + jnp.einsum("gt,td->gd", w_block, v, precision=lax.Precision.HIGHEST)
+        seen = lax.dynamic_slice(v_hat, (row, head, block * size, 0), (1, 1, size, d))[0, 0]
+        r = jnp.sqrt(((v - seen) ** 2).sum(-1))
+        return (
+            lax.dynamic_update_slice(acc, new, (row, head, 0, 0)),
+            lax.dynamic_update_slice(residual, r[None, None, None], (row, head, block, 0)),
+        )
+
+    start = jnp.zeros((b, n_heads, group, d)), jnp.zeros((b, n_heads, n_blocks, size))
+    return _for_each_page(promoted.any(2), visit, start)
+
+
+def _for_each_page(pages: jax.Array, visit, carry):
+    """Run `visit(row, head, block, carry)` for every true entry of `pages` [b, Hkv, NB]."""
+    b, n_heads, n_blocks = pages.shape
+    count = pages.sum(-1)
+    # Positions of the true entries, in order, compacted to the front.
+    slot = jnp.where(pages, jnp.cumsum(pages, -1) - 1, n_blocks)
+    blocks = jnp.arange(n_blocks, dtype=jnp.int32)
+    compact = jax.vmap(lambda s: jnp.zeros(n_blocks, jnp.int32).at[s].set(blocks, mode="drop"))
+    listed = compact(slot.reshape(-1, n_blocks)).reshape(pages.shape)
+
+    def per_head(i, carry):
+        row, head = i // n_heads, i % n_heads
+        return lax.fori_loop(
+            0, count[row, head], lambda j, c: visit(row, head, listed[row, head, j], c), carry
+        )
+
+    return lax.fori_loop(0, b * n_heads, per_head, carry)

@@ -1,0 +1,125 @@
+"""Inputs made to break a certificate. Shared by the property tests and the long soundness run."""
+
+from __future__ import annotations
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+
+from certjax import Policy
+
+SHAPE = dict(batch=16, n_kv_heads=2, group=4, capacity=160, head_dim=32)
+"""One static shape, so that every draw reuses the compiled program: 128 head-steps a call."""
+
+
+def gaussian(rng, shape):
+    return rng.standard_normal(shape)
+
+
+def outlier_channels(rng, shape):
+    x = rng.standard_normal(shape)
+    x[..., rng.integers(shape[-1], size=2)] *= 10.0 ** rng.uniform(1, 3)
+    return x
+
+
+def constant_channels(rng, shape):
+    x = rng.standard_normal(shape)
+    x[..., rng.random(shape[-1]) < 0.5] = rng.standard_normal() * 10
+    return x
+
+
+def ties(rng, shape):
+    """A handful of distinct vectors repeated: equal scores, equal masses, equal contributions."""
+    few = rng.standard_normal((*shape[:-2], 3, shape[-1]))
+    return np.take_along_axis(few, rng.integers(3, size=(*shape[:-1], 1)), axis=-2)
+
+
+def all_equal(rng, shape):
+    return np.broadcast_to(rng.standard_normal((*shape[:-2], 1, shape[-1])), shape).copy()
+
+
+def common_offset(rng, shape):
+    """A large mean with small variation: cancellation in every score."""
+    return rng.standard_normal((*shape[:-2], 1, shape[-1])) * 30 + rng.standard_normal(shape) * 0.05
+
+
+def heavy_tailed(rng, shape):
+    return rng.standard_t(1.5, shape)
+
+
+def one_spike(rng, shape):
+    """One token far away: alone in a block whose other tokens it makes coarse."""
+    x = rng.standard_normal(shape) * 0.1
+    x[..., rng.integers(shape[-2]), :] *= 500
+    return x
+
+
+def half_extremes(rng, shape):
+    """The largest, smallest and subnormal numbers of float16."""
+    pool = np.array([65504.0, -65504.0, 6.1e-5, -6.1e-5, 6e-8, -6e-8, 0.0, 1.0, -1.0])
+    return rng.choice(pool, shape)
+
+
+def zeros(rng, shape):
+    return np.zeros(shape)
+
+
+def rounding_edges(rng, shape):
+    """Values half way between two codes, where a quantizer's rounding is most wrong."""
+    return (rng.integers(-16, 16, shape) + 0.5) * rng.choice([0.25, 1.0, 3.0])
+
+
+FAMILIES = {
+    f.__name__: f
+    for f in (
+        gaussian, outlier_channels, constant_channels, ties, all_equal, common_offset, heavy_tailed, one_spike,
+        half_extremes, zeros, rounding_edges,
+    )
+}  # fmt: skip
+
+QUERY_SCALES = (0.0, 1e-4, 0.3, 1.0, 4.0, 30.0, 1e3)
+"""From flat attention to one-hot, and on to scores that float32 cannot hold apart."""
+
+DATA_SCALES = (1e-6, 1e-2, 1.0, 30.0)
+
+DTYPES = {"float16": jnp.float16, "bfloat16": jnp.bfloat16}
+
+POLICIES = {
+    "paper": Policy.paper(),
+    "paper_fp16_metadata": Policy.paper(key_metadata="float16", centre="mean", ranking_depth=3, exploration=0.1),
+    "paper_clamped": Policy.paper(k_min=1, k_max=2, rung1_multiplier=1.0, v_tol=1e9, ranking_depth=0),
+    "budget": Policy.budget(0.05, sink_tokens=16, recent_tokens=16),
+    "budget_loose": Policy.budget(100.0, sink_tokens=0, recent_tokens=0, centre="zero"),
+    "budget_head": Policy.budget(0.2, "head", sink_tokens=16, recent_tokens=0, group_size=8, max_promoted=1.0),
+    "budget_absolute": Policy.budget(0.3, "absolute", sink_tokens=0, recent_tokens=32, key_metadata="float16"),
+}
+
+
+@functools.lru_cache(maxsize=None)
+def lengths_pool() -> np.ndarray:
+    """Lengths around every block edge that the capacity allows."""
+    block, top = 16, SHAPE["capacity"]
+    edges = [n + e for n in range(0, top + 1, block) for e in (-1, 0, 1)]
+    return np.array(sorted({n for n in edges if 1 <= n <= top}))
+
+
+def draw(rng, key_family: str, value_family: str, query_scale: float, key_scale: float, value_scale: float, dtype: str):
+    """`q` [b, Hq, d] float32, `keys`, `values` [b, Hkv, N, d] originals, `lengths` [b]."""
+    b, h, g, n, d = SHAPE.values()
+    limit = 65504.0 if dtype == "float16" else 1e30
+    keys = np.clip(FAMILIES[key_family](rng, (b, h, n, d)) * key_scale, -limit, limit)
+    values = np.clip(FAMILIES[value_family](rng, (b, h, n, d)) * value_scale, -limit, limit)
+    q = rng.standard_normal((b, h * g, d)) * query_scale
+    # Some queries look straight at a key: the hardest ones for a ranking.
+    target = keys[np.arange(b)[:, None], np.arange(h * g) // g, rng.integers(n, size=(b, h * g))]
+    norm = np.maximum(np.linalg.norm(target, axis=-1, keepdims=True), 1e-12)
+    aimed = rng.random((b, h * g, 1)) < 0.3
+    q = np.where(aimed, target / norm * np.sqrt(d) * query_scale, q)
+    lengths = rng.choice(lengths_pool(), b)
+    return (
+        jnp.asarray(q, jnp.float32),
+        jnp.asarray(keys, DTYPES[dtype]),
+        jnp.asarray(values, DTYPES[dtype]),
+        jnp.asarray(lengths, jnp.int32),
+    )

@@ -1,0 +1,106 @@
+"""Soundness by force: `python -m tests.soundness --head-steps 1000000`.
+
+Certifies adversarial inputs and compares every bound with the true error against float64 attention over
+the originals. Exit status 1 on a single violation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import functools
+import itertools
+import sys
+
+import jax
+import numpy as np
+from rich.progress import Progress
+
+from certjax import Policy, TieredKVCache, certified_attention
+from tests import adversarial as adv
+from tests.oracle import exact_error
+
+SLACK_OF_THE_ORACLE = 1e-13
+"""Relative rounding of the float64 reference, in units of the largest value."""
+
+
+@functools.partial(jax.jit, static_argnames="policy")
+def certify(q, keys, values, lengths, policy: Policy):
+    cache = TieredKVCache.from_prefill(keys, values, policy, lengths=lengths, capacity=keys.shape[2])
+    return certified_attention(q, cache, policy)
+
+
+def check(inputs, policy: Policy) -> dict[str, np.ndarray]:
+    """True error, bound and record of every head-step of one draw; leaves `[b, Hq]`."""
+    out, record = jax.device_get(certify(*inputs, policy=policy))
+    error = exact_error(out, *inputs)
+    scale = np.abs(np.asarray(inputs[2], np.float64)).max()
+    error = np.maximum(error - SLACK_OF_THE_ORACLE * scale, 0.0)
+    budget_kept = (record.e_total <= record.tolerance) | (record.rung >= 3)
+    return {
+        "error": error,
+        "bound": record.e_total,
+        "violation": ~(error <= record.e_total),
+        "contract": ~budget_kept,
+        "rung": record.rung,
+        "centred": record.e_key_candidate + record.e_val_candidate,
+        "paper": record.e_key_paper_candidate + record.e_val_paper_candidate,
+        "canary": ~record.canary_ok,
+    }
+
+
+def cases(seed: int):
+    """Endless draws: every pair of families, scales, dtypes and policies, in random order."""
+    rng = np.random.default_rng(seed)
+    names = list(adv.FAMILIES)
+    for policy in itertools.cycle(adv.POLICIES):
+        choice = (
+            rng.choice(names), rng.choice(names), rng.choice(adv.QUERY_SCALES), rng.choice(adv.DATA_SCALES),
+            rng.choice(adv.DATA_SCALES), rng.choice(list(adv.DTYPES)),
+        )  # fmt: skip
+        yield policy, choice, adv.draw(rng, *choice)
+
+
+def run(head_steps: int, seed: int = 0, progress: bool = True) -> collections.Counter:
+    """Check at least `head_steps` head-steps; returns counts and prints tightness quantiles."""
+    totals, ratios, centred = collections.Counter(), [], []
+    with Progress(disable=not progress) as bar:
+        task = bar.add_task("head-steps", total=head_steps)
+        for policy, choice, inputs in cases(seed):
+            result = check(inputs, adv.POLICIES[policy])
+            n = result["error"].size
+            totals["head_steps"] += n
+            totals["violations"] += int(result["violation"].sum())
+            totals["contract_broken"] += int(result["contract"].sum())
+            totals["canary_alarms"] += int(result["canary"].sum())
+            totals.update({f"rung_{r}": int((result["rung"] == r).sum()) for r in range(5)})
+            if result["violation"].any() or result["contract"].any():
+                worst = np.nanargmax(result["error"] / result["bound"])
+                print(policy, choice, "error", result["error"].flat[worst], "bound", result["bound"].flat[worst])
+            seen = (result["error"] > 0) & (result["rung"] < 3) & np.isfinite(result["bound"])
+            ratios.append((result["bound"] / np.maximum(result["error"], 1e-300))[seen])
+            seen &= np.isfinite(result["paper"]) & (result["paper"] > 0)
+            centred.append((result["centred"] / np.where(seen, result["paper"], 1.0))[seen])
+            bar.update(task, advance=n)
+            if totals["head_steps"] >= head_steps:
+                break
+    for label, sample in (("bound / true error", ratios), ("centred / paper", centred)):
+        values = np.concatenate(sample)
+        values = values[np.isfinite(values)]
+        q = np.quantile(values, [0.0, 0.1, 0.5, 0.9])
+        print(f"{label}: min {q[0]:.3g}  p10 {q[1]:.3g}  median {q[2]:.3g}  p90 {q[3]:.3g}  ({values.size} head-steps)")
+    return totals
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--head-steps", type=int, default=1_000_000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    totals = run(args.head_steps, args.seed)
+    print(dict(totals))
+    sys.exit(1 if totals["violations"] or totals["contract_broken"] else 0)
+
+
+if __name__ == "__main__":
+    main()
