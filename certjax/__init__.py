@@ -4,9 +4,9 @@ from certjax.attention import certified_attention, dense_attention, naive_attent
 from certjax.cache import TieredKVCache
 from certjax.certificate import Certificate
 from certjax.errors import CertjaxError, ContextLengthError, InvalidArgumentError, MissingTier2Error
-#from certjax.generate import Generation, generate, stream
-#from certjax.model import Model, load
-#from certjax.models.llama.config import LlamaConfig
+from certjax.generate import Generation, generate, stream
+from certjax.model import Model, load
+from certjax.models.llama.config import LlamaConfig
 from certjax.policy import Policy
 
 __version__ = "0.1.0"
