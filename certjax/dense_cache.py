@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
+from certjax import host
 from certjax.errors import InvalidArgumentError
 
 
@@ -43,7 +44,7 @@ class DenseKVCache:
 
     def nbytes(self) -> int:
         """Bytes of keys and values."""
-        return self.keys.nbytes + self.values.nbytes
+        return host.nbytes(self.keys, self.values)
 
     def advance(self, n: jax.Array | int) -> DenseKVCache:
         """Count `n` more tokens (`[]` or `[b]`), once for all layers."""

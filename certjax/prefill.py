@@ -1,6 +1,7 @@
 """Prefill: prompts into a dense cache, chunk by chunk, with exact attention in float32.
 
-Memory beside the cache is O(chunk^2), and the half of the scores above the diagonal is never computed. Keys and values are read back from the cache as stored, so that prefill and decode see the same rounded
+Memory beside the cache is O(chunk^2), and the half of the scores above the diagonal is never computed.
+Keys and values are read back from the cache as stored, so that prefill and decode see the same rounded
 originals.
 """
 
