@@ -92,9 +92,8 @@ def dense_attention(q: jax.Array, cache: TieredKVCache) -> jax.Array:
     cache.require_tier2()
     groups = _grouped(q, cache)
     wanted = jnp.ones(groups.shape[:2], bool)
-    zeros = jnp.zeros(groups.shape)
     originals = ladder.originals_of(cache)
-    return _flat(dense_heads(groups, originals, cache.length, wanted, zeros, zeros[..., 0])[0])
+    return _flat(dense_heads(groups, originals, cache.length, wanted, jnp.zeros(groups.shape))[0])
 
 
 def _plan(policy: Policy, problem: att.Problem, first: att.Attempt) -> select.Plan:

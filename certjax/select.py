@@ -9,6 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax import lax
 
 from certjax.policy import Policy
 
@@ -84,15 +85,29 @@ def budget_plan(
     n_blocks = key_terms.shape[-1]
     terms = jnp.concatenate([key_terms, value_terms], -1)
     terms = jnp.where(jnp.concatenate([active, active], -1), terms, 0.0)
-    rank, ordered = _descending(terms)
-    # Sums from the small end: what is left after promoting the i largest is tail[i].
-    tail = jnp.cumsum(ordered[..., ::-1], -1)[..., ::-1]
     allowed = policy.margin * tolerance - e_arith
-    needed = (~(tail <= allowed[..., None])).sum(-1)  # NaN terms are promoted
-    give_up = exceeds & (~(allowed > 0) | (needed > policy.max_promoted * 2 * active.sum(-1)))
-    chosen = (rank < needed[..., None]) & (exceeds & ~give_up)[..., None]
-    keys, values = chosen[..., :n_blocks] & active, chosen[..., n_blocks:] & active
+    chosen = _largest_until(terms, allowed) & (terms > 0)
+    give_up = exceeds & (~(allowed > 0) | (chosen.sum(-1) > policy.max_promoted * 2 * active.sum(-1)))
+    chosen = chosen & (exceeds & ~give_up)[..., None]
+    keys, values = chosen[..., :n_blocks], chosen[..., n_blocks:]
     return Plan(keys=keys, values=values, raised=keys.any(-1), give_up=give_up)
+
+
+def _largest_until(terms: jax.Array, allowed: jax.Array) -> jax.Array:
+    """The largest terms, so many that the sum of the others is at most `allowed`. [..., n], [...] -> bool.
+
+    Equal terms go together, NaN counts as largest. A bisection on bit patterns (non-negative floats order as
+    their bits do) that is exact after 31 steps, and several times cheaper than a sort on every back end.
+    """
+    bits = lax.bitcast_convert_type(terms.astype(jnp.float32), jnp.int32)
+
+    def halve(i, threshold):
+        higher = threshold + (jnp.int32(1) << (30 - i))
+        left = jnp.where(bits < higher[..., None], terms, 0.0).sum(-1)
+        return jnp.where(left <= allowed, higher, threshold)
+
+    threshold = lax.fori_loop(0, 31, halve, jnp.zeros(terms.shape[:-1], jnp.int32))
+    return bits >= threshold[..., None]
 
 
 def _descending(x: jax.Array) -> tuple[jax.Array, jax.Array]:

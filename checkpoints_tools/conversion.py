@@ -174,7 +174,11 @@ def _published(output: Path) -> Iterator[Path]:
             # Two renames, since a directory cannot be replaced in one: a kill between them loses no data.
             replaced = output.parent / f".{output.name}.replaced-{tag}"
             output.rename(replaced)
-            directory.rename(output)
+            try:
+                directory.rename(output)
+            except BaseException:
+                replaced.rename(output)
+                raise
             shutil.rmtree(replaced)
         else:
             directory.rename(output)

@@ -91,8 +91,9 @@ def dot_scores(q: jax.Array, k: jax.Array) -> jax.Array:
     one scaling, and the rounding of 1/sqrt(d) itself.
     """
     d = q.shape[-1]
-    s = jnp.einsum("...gd,...nd->...gn", q, k, precision=lax.Precision.HIGHEST)
-    return s * jnp.float32(d**-0.5)
+    # Keys on the left: the product XLA's CPU back end is faster at.
+    s = jnp.einsum("...nd,...gd->...ng", k, q, precision=lax.Precision.HIGHEST)
+    return s.swapaxes(-1, -2) * jnp.float32(d**-0.5)
 
 
 def norm_up(x: jax.Array) -> jax.Array:

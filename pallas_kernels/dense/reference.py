@@ -67,9 +67,9 @@ def dense_heads(
     length: jax.Array,  # [b] int32
     wanted: jax.Array,  # [b, Hkv] bool
     out: jax.Array,  # [b, Hkv, G, d]
-    error: jax.Array,  # [b, Hkv, G]
-) -> tuple[jax.Array, jax.Array]:
-    """Replace `out` and `error` by dense attention and its `dense_error` for the wanted KV heads.
+    error: jax.Array | None = None,  # [b, Hkv, G]
+) -> tuple[jax.Array, jax.Array | None]:
+    """Replace `out`, and `error` if given, by dense attention and its `dense_error` for the wanted KV heads.
 
     A `lax.cond` per head inside a loop, never under `vmap` (which would run both branches): a head that is
     not wanted reads nothing and computes nothing.
@@ -84,11 +84,11 @@ def dense_heads(
             # Barriers: the head's attention is compiled alone, the same in every program that calls it.
             keys, values = lax.optimization_barrier(originals(row, head))
             fresh = lax.optimization_barrier(dense_group(q[row, head], keys, values, length[row]))
+            out = lax.dynamic_update_slice(out, fresh[None, None], (row, head, 0, 0))
+            if error is None:
+                return out, None
             bound = dense_error(q[row, head], keys, values, length[row], fresh)
-            return (
-                lax.dynamic_update_slice(out, fresh[None, None], (row, head, 0, 0)),
-                lax.dynamic_update_slice(error, bound[None, None], (row, head, 0)),
-            )
+            return out, lax.dynamic_update_slice(error, bound[None, None], (row, head, 0))
 
         return lax.cond(wanted[row, head], attend, lambda carry: carry, carry)
 
@@ -115,7 +115,7 @@ def dense_reference(
             return tuple(lax.dynamic_slice(x, where, (1, 1, 1, n, d)).reshape(n, d) for x in (keys, values))
 
         wanted = jnp.ones(q.shape[:2], bool)
-        return dense_heads(q, originals, length, wanted, jnp.zeros_like(q), jnp.zeros(q.shape[:3]))[0]
+        return dense_heads(q, originals, length, wanted, jnp.zeros_like(q))[0]
 
     def together(q, keys, values, length):
         keys, values = (lax.dynamic_index_in_dim(x, layer, 0, keepdims=False) for x in (keys, values))
