@@ -206,19 +206,16 @@ class TieredKVCache:
                 token = jnp.where(pos < sink.shape[-2], token[:, None].astype(sink.dtype), old)
                 new[name] = _put(sink, token, (*at, row), 1, there)
 
-        centre = _take(self.centre, (*at, row), 0, 0, self.centre.shape[-2])
-        block_codes, block_notes = _encode_blocks(
-            self.codec, k_block[:, None], v_block[:, None], centre
-        )  # [Hkv, 1, ...]
         closes = room & (offset == size - 1)
 
-        def store(leaf, encoded):
-            # Written every step, kept only when the block is complete: no branch on the device, no copy.
-            old = _take(leaf, (*at, row), 1, block, 1)
-            return _put(leaf, jnp.where(closes, encoded, old), (*at, row), 1, block)
+        def close(stored):
+            centre = _take(self.centre, (*at, row), 0, 0, self.centre.shape[-2])
+            encoded = _encode_blocks(self.codec, k_block[:, None], v_block[:, None], centre)  # [Hkv, 1, ...]
+            return jax.tree.map(lambda x, e: _put(x, e, (*at, row), 1, block), stored, encoded)
 
-        new["codes"] = jax.tree.map(store, self.codes, block_codes)
-        new["notes"] = jax.tree.map(store, self.notes, block_notes)
+        # 15 steps of 16 close nothing and skip the encoding.
+        stored = (self.codes, self.notes)
+        new["codes"], new["notes"] = lax.cond(closes, close, lambda stored: stored, stored)
 
         if self.host_keys is not None:
             there = jnp.minimum(pos, self.capacity - 1)
