@@ -9,6 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax import lax
 
 from certjax.bounds import arithmetic, centred, paper
 from certjax.bounds.perturbation import paper_delta, score_delta
@@ -50,11 +51,10 @@ class Problem:
         """Block maxima of eta: `[b, Hkv, 1, NB]`."""
         return self.eta.max(-1)[:, :, None]
 
-    @property
-    def depth(self) -> int:
-        """Length of the longest chain of additions in an attempt."""
+    def depth(self, promoted: bool) -> int:
+        """Length of the longest chain of additions in an attempt, with promoted values or without."""
         n_blocks, size = self.nu.shape[-2:]
-        return accumulation_depth(n_blocks * size, self.window_live.shape[-1], n_blocks, size)
+        return accumulation_depth(n_blocks * size, self.window_live.shape[-1], n_blocks, size, promoted)
 
 
 @struct.dataclass
@@ -100,6 +100,8 @@ def build(q: jax.Array, cache: TieredKVCache) -> Problem:
     v_hat = jnp.where(here[..., None], cache.codec.decode_values(cache.codes), 0.0)
     scores = num.dot_scores(q, k_hat.reshape(b, n_heads, n_blocks * size, d))
     scores = jnp.where(active[:, None, None, :, None], scores.reshape(*q.shape[:3], n_blocks, size), -jnp.inf)
+    # Barriers here and below: every use of a score or of a decoded value is of the same float32 number.
+    scores, v_hat = lax.optimization_barrier((scores, v_hat))
 
     shown = window_live[:, None, :, None]
     window_keys = jnp.where(shown, jnp.concatenate([cache.sink_keys, cache.ring_keys], 2).astype(jnp.float32), 0.0)
@@ -107,6 +109,7 @@ def build(q: jax.Array, cache: TieredKVCache) -> Problem:
         shown, jnp.concatenate([cache.sink_values, cache.ring_values], 2).astype(jnp.float32), 0.0
     )
     window_scores = jnp.where(window_live[:, None, None], num.dot_scores(q, window_keys), -jnp.inf)
+    window_scores = lax.optimization_barrier(window_scores)
     window_nu = jnp.where(
         window_live[:, None], num.norm_up(window_values - cache.centre[:, :, None]) * num.NORM_SLACK, 0.0
     )
@@ -201,7 +204,8 @@ def evaluate(
     )  # fmt: skip
     sums, mass = done.sums, done.p.sum(-1)
 
-    accumulated = arithmetic.accumulation(sums, num.norm_up(problem.centre), problem.depth)
+    depth = problem.depth(promoted=promoted_values is not None)
+    accumulated = arithmetic.accumulation(sums, num.norm_up(problem.centre), depth)
     e_val = centred.e_val(sums)
     # Twice: `out` as returned and `out` as the compiler may recompute it for this line are both within
     # `accumulated` of the real O^, and need not be equal.
@@ -211,12 +215,12 @@ def evaluate(
     e_key = jnp.where(delta_max < num.MAX_DELTA, centred.e_key(sums, offset), jnp.inf)
     n_tokens = delta.shape[-2] * delta.shape[-1] + problem.window_live.shape[-1]
     e_arith = arithmetic.e_arith(
-        sums, e_key, offset, problem.nu_max[..., None], problem.eps, accumulated, n_tokens
+        sums, e_key, offset, problem.nu_max[..., None], delta_max, problem.eps, accumulated, n_tokens
     )
     # Nothing can be further from O* than the values reach: O* lies within nu_max of the centre.
     trivial = problem.nu_max[..., None] + from_centre
     total = e_key + e_val + e_arith
-    total = jnp.minimum(jnp.where(jnp.isnan(total), jnp.inf, total), trivial)
+    total = jnp.minimum(*(jnp.where(jnp.isnan(x), jnp.inf, x) for x in (total, trivial)))
     return Attempt(
         out=done.out,
         p=done.p,
@@ -226,7 +230,7 @@ def evaluate(
         e_key=e_key,
         e_val=e_val,
         e_arith=e_arith,
-        e_total=total * arithmetic.inflate(problem.depth) + num.ABSOLUTE_FLOOR,
+        e_total=total * arithmetic.inflate(depth) + num.ABSOLUTE_FLOOR,
         e_key_paper=paper.e_key_paper(
             problem.nu_max[..., None], delta_paper.max(-1), jnp.where(left, mass, 0.0).sum(-1)
         ),

@@ -16,6 +16,7 @@ from certjax.cache import TieredKVCache
 from certjax.certificate import Certificate
 from certjax.errors import InvalidArgumentError
 from certjax.policy import Policy
+from pallas_kernels import numerics as num
 from pallas_kernels.attend.reference import block_log_mass
 from pallas_kernels.dense.reference import dense_heads
 from pallas_kernels.promote.reference import promoted_scores, promoted_values
@@ -164,7 +165,7 @@ def _grouped(q: jax.Array, cache: TieredKVCache) -> jax.Array:
             f"q must be [batch, Hq, d] with batch={batch}, d={d} and Hq a multiple of Hkv={n_kv_heads}; "
             f"got {q.shape}."
         )
-    return q.astype(jnp.float32).reshape(batch, n_kv_heads, -1, d)
+    return num.representable(q.astype(jnp.float32), q.dtype).reshape(batch, n_kv_heads, -1, d)
 
 
 def _flat(out: jax.Array) -> jax.Array:

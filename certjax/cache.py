@@ -105,7 +105,8 @@ class TieredKVCache:
         Raises
         ------
         InvalidArgumentError
-            On mismatched shapes, an unsupported dtype, or a capacity below N.
+            On mismatched shapes, an unsupported dtype, a head dim or capacity beyond what certificates cover, or a
+            capacity below N.
         """
         _check_originals(keys, values)
         n, d = keys.shape[-2:]
@@ -113,6 +114,10 @@ class TieredKVCache:
         capacity = n + block if capacity is None else capacity
         if capacity < n:
             raise InvalidArgumentError(f"capacity={capacity} is less than the {n} tokens of the prompt.")
+        if capacity > MAX_CAPACITY:
+            raise InvalidArgumentError(
+                f"capacity={capacity} exceeds the {MAX_CAPACITY} tokens that certificates cover."
+            )
         n_blocks = -(-capacity // block)
         batch = keys.shape[-4]
         length = jnp.full((batch,), n, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
@@ -192,7 +197,7 @@ class TieredKVCache:
             old = _take(ring, (*at, row), 1, slot, size)
             # Opening a block clears what the ring held there, so that the array depends on the tokens only.
             kept = jnp.where(offset == 0, jnp.zeros_like(old), old)
-            return jnp.where(room, jnp.where(fresh, token[:, None].astype(ring.dtype), kept), old)
+            return jnp.where(room, jnp.where(fresh, num.cast(token[:, None], ring.dtype), kept), old)
 
         k_block, v_block = window_block(self.ring_keys, k), window_block(self.ring_values, v)
         new["ring_keys"] = _put(self.ring_keys, k_block, (*at, row), 1, slot)
@@ -203,7 +208,7 @@ class TieredKVCache:
                 sink = getattr(self, name)
                 there = jnp.minimum(pos, sink.shape[-2] - 1)
                 old = _take(sink, (*at, row), 1, there, 1)
-                token = jnp.where(pos < sink.shape[-2], token[:, None].astype(sink.dtype), old)
+                token = jnp.where(pos < sink.shape[-2], num.cast(token[:, None], sink.dtype), old)
                 new[name] = _put(sink, token, (*at, row), 1, there)
 
         closes = room & (offset == size - 1)
@@ -221,7 +226,7 @@ class TieredKVCache:
             there = jnp.minimum(pos, self.capacity - 1)
             for name, token in (("host_keys", k), ("host_values", v)):
                 tier2 = getattr(self, name)
-                token = token.astype(tier2.dtype)[:, None]
+                token = num.cast(token, tier2.dtype)[:, None]
                 if host.in_host_memory(tier2):
                     token = jax.device_put(token, host.Space.Host)
                 new[name] = _put(tier2, token, (*at, row), 1, there)
@@ -277,11 +282,19 @@ class TieredKVCache:
         return (fingerprint(self.codes, self.notes) == stored) | ~closed
 
 
+MAX_CAPACITY = 2**22
+"""Tokens a cache may hold: the float32 sums of the certificate are proved up to here (docs/bounds.md, section 9)."""
+
+
 def _check_originals(keys: jax.Array, values: jax.Array) -> None:
     if keys.shape != values.shape or keys.ndim not in (4, 5):
         raise InvalidArgumentError(
             f"keys and values must both be [batch, Hkv, N, d] (or [L, batch, Hkv, N, d]); got {keys.shape} "
             f"and {values.shape}."
+        )
+    if keys.shape[-1] > num.MAX_HEAD_DIM:
+        raise InvalidArgumentError(
+            f"head dim {keys.shape[-1]} exceeds the {num.MAX_HEAD_DIM} that certificates cover."
         )
     if keys.dtype != values.dtype or str(keys.dtype) not in ORIGINAL_DTYPES:
         raise InvalidArgumentError(
@@ -292,7 +305,8 @@ def _check_originals(keys: jax.Array, values: jax.Array) -> None:
 
 def _encode_blocks(codec: Codec, keys, values, centre, doubt=0.0) -> tuple[Codes, Annotations]:
     """`keys`, `values`: [..., NB, B, d] originals; `centre`: [..., d]; `doubt`: see `annotate`."""
-    k, v = keys.astype(jnp.float32), values.astype(jnp.float32)
+    # Rounded (again): where the caller's cast to the originals' dtype is in the same program, XLA may have dropped it.
+    k, v = (num.representable(x.astype(jnp.float32), x.dtype) for x in (keys, values))
     codes = codec.encode(k, v)
     return codes, annotate(codec, k, v, centre, codes, doubt)
 

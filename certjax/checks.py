@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from certjax.codecs import fingerprint
 from certjax.cache import TieredKVCache
+from certjax.codecs import fingerprint
 
 
 def ranking_ok(log_mass: jax.Array, exact_log_mass: jax.Array, promoted: jax.Array, depth: int) -> jax.Array:

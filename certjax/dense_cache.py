@@ -11,6 +11,7 @@ from jax import lax
 
 from certjax import host
 from certjax.errors import InvalidArgumentError
+from pallas_kernels import numerics as num
 
 
 @struct.dataclass
@@ -86,7 +87,7 @@ class DenseKVCache:
 
 
 def _store(stack: jax.Array, tokens: jax.Array, layer: jax.Array, start: jax.Array) -> jax.Array:
-    tokens = tokens.astype(stack.dtype).swapaxes(1, 2)[None]  # [1, b, Hkv, T, d]
+    tokens = num.cast(tokens, stack.dtype).swapaxes(1, 2)[None]  # [1, b, Hkv, T, d]
     if start.ndim == 0:
         return lax.dynamic_update_slice(stack, tokens, (layer, 0, 0, start, 0))
     for row in range(stack.shape[1]):

@@ -26,6 +26,8 @@ class Returned:
     out: jax.Array  # [b, Hkv, G, d]
     e_total: jax.Array
     dense: jax.Array  # bool
+    tolerance: jax.Array  # for this output
+    need: jax.Array  # bool, still to be made dense
 
 
 def absolute_tolerance(policy: Policy, out: jax.Array) -> jax.Array:
@@ -33,16 +35,18 @@ def absolute_tolerance(policy: Policy, out: jax.Array) -> jax.Array:
 
     "layer" is relative to the norm of the layer's concatenated heads over sqrt(Hq).
     """
-    squared = (out.astype(jnp.float32) ** 2).sum(-1)
     if policy.tolerance is None:
-        return jnp.full(squared.shape, jnp.inf)
+        return jnp.full(out.shape[:-1], jnp.inf)
     if policy.relative_to == "absolute":
-        return jnp.full(squared.shape, policy.tolerance)
-    if policy.relative_to == "head":
-        return policy.tolerance * jnp.sqrt(squared)
-    return jnp.broadcast_to(
-        policy.tolerance * jnp.sqrt(squared.mean((1, 2), keepdims=True)), squared.shape
-    )
+        return jnp.full(out.shape[:-1], policy.tolerance)
+    # Scaled, so that no square overflows or vanishes.
+    unit = jnp.clip(jnp.abs(out).max((1, 2, 3), keepdims=True), 2.0**-100, 2.0**100)
+    squared = ((out / unit) ** 2).sum(-1)
+    if policy.relative_to == "layer":
+        squared = jnp.broadcast_to(squared.mean((1, 2), keepdims=True), squared.shape)
+    norm = jnp.sqrt(squared) * unit[..., 0]
+    # An infinite or undefined norm allows nothing.
+    return jnp.where(jnp.isfinite(norm), policy.tolerance * norm, 0.0)
 
 
 def originals_of(cache: TieredKVCache) -> Originals:
@@ -71,16 +75,17 @@ def climb(
     layer_failed = ~(sound.all(1) & passed.canary.all((1, 2)))  # [b]
     forced = plan.give_up | ~passed.ranking | ~passed.boundary | layer_failed[:, None, None]
 
-    def needing(state: Returned) -> jax.Array:
-        over = ~(state.e_total <= absolute_tolerance(policy, state.out))
-        return (forced | over if policy.tolerance is not None else forced) & ~state.dense
+    def judged(out, e_total, dense) -> Returned:
+        tolerance = absolute_tolerance(policy, out)
+        need = forced | ~(e_total <= tolerance) if policy.tolerance is not None else forced
+        return Returned(out=out, e_total=e_total, dense=dense, tolerance=tolerance, need=need & ~dense)
 
     def make_dense(state: Returned) -> Returned:
-        need = needing(state)
+        need = state.need
         out, error = dense_heads(
             problem.q, originals_of(cache), cache.length, need.any(-1), state.out, state.e_total
         )
-        return Returned(
+        return judged(
             out=jnp.where(need[..., None], out, state.out),
             e_total=jnp.where(need, error, state.e_total),
             dense=state.dense | need,
@@ -88,8 +93,9 @@ def climb(
 
     # A dense head changes the layer's norm and with it the tolerance of the others: repeat until all hold.
     # Usually no round or one; each round adds heads, so there are at most Hq. No head in need, no work.
-    start = Returned(out=candidate.out, e_total=candidate.e_total, dense=jnp.zeros(forced.shape, bool))
-    final = lax.while_loop(lambda s: needing(s).any(), make_dense, start)
+    # `need` is carried, not computed again by the condition: two evaluations of a norm may differ by an ulp.
+    start = judged(candidate.out, candidate.e_total, jnp.zeros(forced.shape, bool))
+    final = lax.while_loop(lambda state: state.need.any(), make_dense, start)
     return final.out, _certificate(policy, problem, cache, plan, candidate, passed, sound, layer_failed, final)
 
 
@@ -123,7 +129,7 @@ def _certificate(
         e_val_paper_candidate=candidate.e_val_paper,
         out_norm=num.norm_up(final.out),
         out_norm_candidate=num.norm_up(candidate.out),
-        tolerance=absolute_tolerance(policy, final.out),
+        tolerance=final.tolerance,
         tail_mass=left,
         delta_max=candidate.delta_max,
         k_star=k_star.astype(jnp.int32),

@@ -119,7 +119,10 @@ def _certificate_rows(c: dict[str, Any]) -> list[tuple[str, str]]:
         ("  in tolerance or dense", f"{c['within_tolerance_or_dense']:.1%}"),
         ("bound / layer norm", spread(c["e_total_over_layer_norm"])),
         ("  before rungs 3-4", spread(c["e_total_candidate_over_layer_norm"])),
-        ("promoted blocks a head", f"{c['key_blocks_promoted_mean']:.1f} key, {c['value_blocks_promoted_mean']:.1f} value"),
+        (
+            "promoted blocks a head",
+            f"{c['key_blocks_promoted_mean']:.1f} key, {c['value_blocks_promoted_mean']:.1f} value",
+        ),
         ("paged in a step", f"{c['bytes_paged_in_per_step']:,.0f} bytes"),
         ("checks failed", ", ".join(f"{k} {v}" for k, v in c["checks_failed"].items())),
     ]

@@ -19,17 +19,20 @@ EXP_RELATIVE_ERROR = 2.0**-16
 is not flushed to zero, so at most 88 U = 5.3e-6) and the error of the back end's exp itself, for which
 10 ulp are left. `tests/test_numerics.py` measures it on the device it runs on."""
 
-NORM_SLACK = 1.0 + 2.0**-15
-"""Covers the rounding of a float32 Euclidean norm of up to 500 terms."""
+MAX_HEAD_DIM = 512
+"""Longest vector that the constants below speak of."""
 
-UNDERFLOW = 2.0**-90
-"""Allowance per token for softmax weights flushed to zero, valid while every score perturbation is
-below `MAX_DELTA`: a flushed weight is below 2^-126, times e^20 < 2^29 stays below 2^-97."""
+NORM_SLACK = 1.0 + 2.0**-15
+"""Covers the rounding of a float32 Euclidean norm of up to MAX_HEAD_DIM terms."""
+
+UNDERFLOW = 2.0**-123
+"""Allowance per token for softmax weights and products flushed to zero, before the growth by e^Delta that
+the exact weight may have over the computed one (docs/bounds.md, section 5): 8 times the normal range's edge."""
 
 MAX_DELTA = 20.0
 """Score perturbations above this make the exponential bounds useless; the bound then is infinite."""
 
-ABSOLUTE_FLOOR = 2.0**-100
+ABSOLUTE_FLOOR = 2.0**-97
 """Added to every bound: covers whatever products of tiny operands lose to flushing (2^-126 each)."""
 
 CHUNK = 256
@@ -96,16 +99,50 @@ def dot_scores(q: jax.Array, k: jax.Array) -> jax.Array:
     return s.swapaxes(-1, -2) * jnp.float32(d**-0.5)
 
 
-def norm_up(x: jax.Array) -> jax.Array:
-    """Euclidean norm over the last axis, never below the true one; no overflow, no underflow to 0.
+def score_error(d: int, q_norm: jax.Array, k_norm: jax.Array) -> jax.Array:
+    """Bound on the rounding of `dot_scores` for vectors of at most these norms.
 
-    `x`: [..., d] float32 -> [...] float32. NaN and infinities propagate.
+    The floor of the norms covers products of tiny elements, which may be flushed to zero.
+    """
+    floor = 2.0**-100
+    product = jnp.maximum(q_norm, floor) * jnp.maximum(k_norm, floor)
+    return gamma(d + 4) * d**-0.5 * NORM_SLACK * product
+
+
+def norm_up(x: jax.Array) -> jax.Array:
+    """Euclidean norm over the last axis, never below the true one while that is normal.
+
+    `x`: [..., d] float32, d <= MAX_HEAD_DIM, -> [...] float32. NaN and infinities propagate. What elements
+    below 2^-100 lose to flushing is covered by ABSOLUTE_FLOOR.
     """
     m = jnp.abs(x).max(-1, keepdims=True)
-    # Dividing by a subnormal would overflow; a true norm below sqrt(d) 2^-100 is rounded up to that.
-    m = jnp.where(m > 0, jnp.maximum(m, 2.0**-100), m)
+    # Neither m nor 1/m may be subnormal: some compilers divide by multiplying with the reciprocal.
+    m = jnp.where(m > 0, jnp.clip(m, 2.0**-100, 2.0**100), m)
     scaled = x / jnp.where(m > 0, m, 1.0)
     return (m * jnp.sqrt((scaled * scaled).sum(-1, keepdims=True)) * NORM_SLACK)[..., 0]
+
+
+def representable(x: jax.Array, dtype) -> jax.Array:
+    """`x` (float32) rounded to the nearest number that `dtype` holds, still in float32.
+
+    A cast to `dtype` of the result is exact. That matters because XLA may drop a cast to a narrow type and
+    back (`xla_allow_excess_precision`, on by default): what was measured on a value that never was rounded would
+    not hold for the value that was stored.
+    """
+    dtype = jnp.dtype(dtype)
+    if dtype == jnp.float32:
+        return x
+    info = jnp.finfo(dtype)
+    rounded = lax.reduce_precision(x, info.nexp, info.nmant)
+    if dtype != jnp.float16:  # bfloat16 shares float32's exponents, and its subnormals with float32
+        return rounded
+    # reduce_precision may flush float16's subnormals, which are multiples of 2^-24.
+    return jnp.where(jnp.abs(x) < float(info.smallest_normal), jnp.round(x * 2.0**24) * 2.0**-24, rounded)
+
+
+def cast(x: jax.Array, dtype) -> jax.Array:
+    """`x` in `dtype`, by way of `representable`."""
+    return representable(x.astype(jnp.float32), dtype).astype(dtype)
 
 
 def round_up_bf16(x: jax.Array) -> jax.Array:

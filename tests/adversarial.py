@@ -96,7 +96,7 @@ POLICIES = {
 }
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def lengths_pool() -> np.ndarray:
     """Lengths around every block edge that the capacity allows."""
     block, top = 16, SHAPE["capacity"]

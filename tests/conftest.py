@@ -1,5 +1,7 @@
 """Shared fixtures. Hypothesis runs derandomized, so that a run of the suite is a run anybody can repeat."""
 
+from pathlib import Path
+
 import jax
 import pytest
 from hypothesis import HealthCheck, settings
@@ -8,6 +10,11 @@ settings.register_profile(
     "certjax", deadline=None, derandomize=True, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("certjax")
+
+# Most of the suite's time is XLA compiling. Workers and later runs share what was compiled (keyed by program,
+# flags and version).
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def pytest_collection_modifyitems(items):

@@ -32,21 +32,16 @@ def exact_error(out, q, keys, values, lengths) -> np.ndarray:
     return np.linalg.norm(f64(out) - exact_attention(q, keys, values, lengths), axis=-1)
 
 
-def centred_terms(q, k_hat, keys, v_hat, values, centre) -> dict[str, np.ndarray]:
-    """The centred bound by its formulas, for one KV head with everything quantized.
+def centred_terms(q, k_hat, v_hat, delta, eta, nu, centre) -> dict[str, np.ndarray]:
+    """The centred bound by its formulas, for one KV head with everything quantized; leaves are [G] or [G, d].
 
-    `q`: [G, d]; tokens: [N, d]; `centre`: [d]. Residual norms are exact here; leaves are [G].
+    `q`: [G, d]; `k_hat`, `v_hat`: [N, d]; `delta`: [G, N]; `eta`, `nu`: [N]; `centre`: [d].
     """
-    q, k_hat, keys, v_hat, values, centre = map(f64, (q, k_hat, keys, v_hat, values, centre))
-    d = q.shape[-1]
-    p = softmax(q @ k_hat.T / np.sqrt(d))
-    kappa = np.linalg.norm(keys - k_hat, axis=-1)
-    eta = np.linalg.norm(values - v_hat, axis=-1)
-    nu = np.linalg.norm(values - centre, axis=-1)
-    delta = np.linalg.norm(q, axis=-1)[:, None] * kappa / np.sqrt(d)
+    q, k_hat, v_hat, delta, eta, nu, centre = map(f64, (q, k_hat, v_hat, delta, eta, nu, centre))
+    p = softmax(q @ k_hat.T / np.sqrt(q.shape[-1]))
     out = p @ v_hat
     e_val = (p * eta).sum(-1)
     offset = np.linalg.norm(centre - out, axis=-1) + e_val
     l_minus = (p * np.exp(-delta)).sum(-1)
     e_key = (p * np.expm1(delta) * (nu + offset[:, None])).sum(-1) / l_minus
-    return {"out": out, "e_val": e_val, "e_key": e_key, "l_minus": l_minus, "offset": offset}
+    return {"out": out, "e_val": e_val, "e_key": e_key, "l_minus": l_minus}

@@ -7,8 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from certjax import ContextLengthError, InvalidArgumentError, MissingTier2Error, Policy, TieredKVCache
-from certjax import certified_attention, host
+from certjax import (
+    ContextLengthError,
+    InvalidArgumentError,
+    MissingTier2Error,
+    Policy,
+    TieredKVCache,
+    certified_attention,
+    host,
+)
 
 B, H, N, D = 2, 3, 96, 32
 POLICY = Policy.budget(0.05, sink_tokens=16, recent_tokens=32, centre="zero")

@@ -29,13 +29,32 @@ def test_round_up_passes_non_finite_values_through(value):
 @given(
     st.integers(1, 300),
     st.integers(0, 2**31),
-    st.sampled_from([1e-30, 1e-12, 1.0, 1e10, 1e30]),
+    st.sampled_from([1e-30, 1e-12, 1.0, 1e10, 1e30, 1e37]),
 )
 def test_norm_is_never_below_the_true_norm(d, seed, scale):
     x = (np.random.default_rng(seed).standard_normal(d) * scale).astype(np.float32)
     true = np.linalg.norm(x.astype(np.float64))
     got = float(num.norm_up(jnp.asarray(x)))
     assert true <= got <= true * (1 + 2.0**-13) + 1e-28
+
+
+def test_norm_of_elements_near_the_largest_float32_is_not_zero():
+    for x in ([3e38, 0.0], [1.7e38, 1e38]):
+        assert float(jax.jit(num.norm_up)(jnp.asarray(x))) >= np.linalg.norm(np.asarray(x))
+
+
+@given(st.integers(0, 2**31), st.floats(-9, 5), st.sampled_from(["float16", "bfloat16", "float32"]))
+def test_representable_rounds_as_a_cast_does(seed, exponent, dtype):
+    x = (np.random.default_rng(seed).standard_normal(64) * 10**exponent).astype(np.float32)
+    want = jnp.asarray(x).astype(dtype)
+    got = num.representable(jnp.asarray(x), dtype)
+    np.testing.assert_array_equal(got, want.astype(jnp.float32))
+    np.testing.assert_array_equal(num.cast(jnp.asarray(x), dtype), want)
+
+
+def test_representable_keeps_infinities_and_nan():
+    x = jnp.asarray([np.inf, -np.inf, np.nan, 1e6])
+    np.testing.assert_array_equal(num.representable(x, "float16"), [np.inf, -np.inf, np.nan, np.inf])
 
 
 def test_norm_of_zero_is_zero():

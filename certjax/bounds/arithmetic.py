@@ -18,9 +18,7 @@ def score_rounding(q: jax.Array, k_norm_max: jax.Array) -> jax.Array:
 
     `q`: [b, Hkv, G, d], `k_norm_max`: [b, Hkv]; returns `[b, Hkv, G]`.
     """
-    d = q.shape[-1]
-    dot = num.gamma(d + 4) * d**-0.5 * num.NORM_SLACK
-    return dot * num.norm_up(q) * k_norm_max[..., None] + num.EXP_RELATIVE_ERROR
+    return num.score_error(q.shape[-1], num.norm_up(q), k_norm_max[..., None]) + num.EXP_RELATIVE_ERROR
 
 
 def accumulation(sums: Sums, centre_norm: jax.Array, depth: int) -> jax.Array:
@@ -34,6 +32,7 @@ def e_arith(
     e_key: jax.Array,
     offset: jax.Array,
     nu_max: jax.Array,
+    delta_max: jax.Array,
     eps: jax.Array,
     accumulated: jax.Array,
     n_tokens: int,
@@ -45,7 +44,7 @@ def e_arith(
     """
     grow = jnp.exp(eps)
     widened = (grow * grow - 1) * e_key + grow * jnp.expm1(eps) * (sums.nu_mean + offset) / sums.l_minus
-    flushed = n_tokens * num.UNDERFLOW * (nu_max + offset)
+    flushed = n_tokens * num.UNDERFLOW * jnp.exp(delta_max) * grow * grow / sums.l_minus * (nu_max + offset)
     return jnp.where(eps < num.MAX_DELTA, widened + flushed + accumulated, jnp.inf)
 
 

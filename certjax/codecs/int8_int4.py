@@ -136,7 +136,7 @@ def _saturate(x: jax.Array, dtype) -> jax.Array:
     """Cast to `dtype`, to its largest number where x is beyond it: a code that is far off has a large but
     finite measured error, an infinite one would take the layer down."""
     top = float(jnp.finfo(dtype).max)
-    return jnp.clip(x, -top, top).astype(dtype)
+    return num.cast(jnp.clip(x, -top, top), dtype)
 
 
 def _round_to_normal(x: jax.Array) -> jax.Array:

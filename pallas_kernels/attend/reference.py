@@ -45,8 +45,10 @@ class Weights:
 def softmax_weights(scores: jax.Array, window_scores: jax.Array) -> Weights:
     """`exp(s - max s)` over both segments. `scores`: [b, Hkv, G, NB, B], `window_scores`: [b, Hkv, G, Nw]."""
     peak = jnp.maximum(scores.max((-2, -1)), window_scores.max(-1))
-    w1 = jnp.exp(scores - peak[..., None, None])
-    ww = jnp.exp(window_scores - peak[..., None])
+    # Barriers: every sum below is over the same numerators, computed once.
+    w1, ww = lax.optimization_barrier(
+        (jnp.exp(scores - peak[..., None, None]), jnp.exp(window_scores - peak[..., None]))
+    )
     total = num.sum_tokens(_flat(w1)) + num.sum_tokens(ww)
     return Weights(tier1=w1, window=ww, total=total)
 
@@ -88,9 +90,9 @@ def block_log_mass(scores: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(scores, axis=-1)
 
 
-def accumulation_depth(n_tier1: int, n_window: int, n_blocks: int, block_size: int) -> int:
+def accumulation_depth(n_tier1: int, n_window: int, n_blocks: int, block_size: int, promoted: bool) -> int:
     """Most additions a term of any sum of this pass goes through (the constant of gamma in E_arith)."""
-    paged = n_blocks + block_size  # promoted values are added block by block
+    paged = n_blocks + block_size if promoted else 0  # promoted values are added block by block
     return max(num.sum_depth(n_tier1), num.sum_depth(n_window), paged) + 2
 
 

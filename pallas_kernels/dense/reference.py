@@ -51,7 +51,7 @@ def dense_error(
     live = jnp.arange(n) < length
     k_max = jnp.where(live, num.norm_up(keys.astype(jnp.float32)), 0.0).max()
     v_max = jnp.where(live, num.norm_up(values.astype(jnp.float32)), 0.0).max()
-    eps = num.gamma(d + 4) * num.norm_up(q) * k_max * d**-0.5 + num.EXP_RELATIVE_ERROR
+    eps = num.score_error(d, num.norm_up(q), k_max) + num.EXP_RELATIVE_ERROR
     accumulated = (2 * num.gamma(num.sum_depth(n)) + 4 * num.U) * v_max
     radius = v_max + num.norm_up(out) + accumulated
     e_eps = jnp.exp(eps)

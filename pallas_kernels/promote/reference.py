@@ -51,7 +51,7 @@ def promoted_values(
         old = lax.dynamic_slice(acc, (row, head, 0, 0), (1, 1, group, d))
         new = old + jnp.einsum("gt,td->gd", w_block, v, precision=lax.Precision.HIGHEST)
         seen = lax.dynamic_slice(v_hat, (row, head, block * size, 0), (1, 1, size, d))[0, 0]
-        r = jnp.sqrt(((v - seen) ** 2).sum(-1))
+        r = num.norm_up(v - seen)
         return (
             lax.dynamic_update_slice(acc, new, (row, head, 0, 0)),
             lax.dynamic_update_slice(residual, r[None, None, None], (row, head, block, 0)),

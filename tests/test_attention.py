@@ -1,0 +1,246 @@
+"""Certified attention: what is returned, and what the record says of it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from certjax import InvalidArgumentError, Policy, TieredKVCache, dense_attention, naive_attention
+from certjax import attempt as att
+from certjax.bounds import centred
+from pallas_kernels.dense.reference import dense_reference
+from tests import problems
+from tests.oracle import centred_terms, exact_attention, exact_error, f64
+from tests.problems import B, D, G, H, certify
+
+BUDGETS = [Policy.budget(0.02), *(Policy.budget(0.1, relative) for relative in ("layer", "head", "absolute"))]
+PAPERS = [Policy.paper(), Policy.paper(k_max=4, ranking_depth=2), Policy.paper(sink_tokens=16, recent_tokens=64)]
+every_policy = pytest.mark.parametrize(
+    "policy", BUDGETS + PAPERS, ids=lambda p: f"{p.kind}-{p.tolerance}-{p.relative_to}"
+)
+
+
+@pytest.mark.smoke
+@every_policy
+def test_error_is_below_the_certificate_and_the_contract_holds(policy):
+    q, keys, values, lengths = problems.originals()
+    out, record = certify(q, problems.cache(policy), policy)
+    assert (exact_error(out, q, keys, values, lengths) <= f64(record.e_total)).all()
+    assert bool(((record.e_total <= record.tolerance) | (record.rung >= 3)).all())
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.1, 1.0, 3.0])
+def test_tolerance_is_what_relative_to_says(scale):
+    q, *_ = problems.originals(query_scale=scale)
+    for relative in ("layer", "head", "absolute"):
+        policy = Policy.budget(0.1, relative)
+        out, record = certify(q, problems.cache(policy), policy)
+        squared = (f64(out) ** 2).sum(-1)
+        expected = {
+            "layer": 0.1 * np.sqrt(squared.mean(-1, keepdims=True)) * np.ones_like(squared),
+            "head": 0.1 * np.sqrt(squared),
+            "absolute": np.full_like(squared, 0.1),
+        }[relative]
+        np.testing.assert_allclose(record.tolerance, expected, rtol=1e-5)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("shape", [(1, 1, 1, 48, 16), (1, 3, 3, 2304, 64), (3, 4, 2, 1040, 80), (2, 2, 4, 512, 128)])
+def test_dense_fallback_equals_the_dense_mode_to_the_bit(shape):
+    b, h, g, n, d = shape
+    a, c, e = jax.random.split(jax.random.key(1), 3)
+    keys, values = (jax.random.normal(x, (b, h, n, d), jnp.float16) for x in (a, c))
+    q = jax.random.normal(e, (b, h * g, d)) * 2
+    lengths = jnp.asarray([n - 3 - 7 * r for r in range(b)])
+    impossible = Policy.budget(1e-30, "absolute", group_size=16)
+    cache = problems.build(keys, values, lengths, impossible)
+    out, record = certify(q, cache, impossible)
+    assert bool((record.rung == 3).all())
+    mode = jax.jit(dense_reference)(q.reshape(b, h, g, d), keys[None], values[None], lengths)
+    np.testing.assert_array_equal(out, mode.reshape(b, h * g, d))
+    np.testing.assert_array_equal(out, jax.jit(dense_attention)(q, cache))
+
+
+def test_heads_that_fall_back_leave_the_others_as_they_were():
+    """Mixed outcome: dense heads equal the dense mode, the others the same attempt without a ladder."""
+    policy = Policy.budget(0.3, "head", max_promoted=0.02)
+    q, *_ = problems.originals()
+    cache = problems.cache(policy)
+    out, record = certify(q, cache, policy)
+    dense = np.asarray(record.rung) == 3
+    assert dense.any() and not dense.all()
+    np.testing.assert_array_equal(np.asarray(out)[dense], np.asarray(jax.jit(dense_attention)(q, cache))[dense])
+    lone, lone_record = certify(q, cache, Policy.budget(1e9, "absolute"))
+    untouched = np.asarray(record.rung) == 0
+    np.testing.assert_allclose(np.asarray(out)[untouched], np.asarray(lone)[untouched], rtol=0, atol=1e-6)
+    assert np.asarray(lone_record.rung == 0).all()
+
+
+def test_dense_head_steps_report_no_quantization_error():
+    policy = Policy.budget(1e-30, "absolute")
+    _, record = certify(problems.originals()[0], problems.cache(policy), policy)
+    for name in ("e_key", "e_val", "e_key_paper", "e_val_paper"):
+        assert not np.asarray(getattr(record, name)).any()
+        assert (np.asarray(getattr(record, f"{name}_candidate")) >= 0).all()
+    np.testing.assert_array_equal(record.e_total, record.e_arith)
+    assert (np.asarray(record.e_total_candidate) > 10 * np.asarray(record.e_total)).all()
+
+
+def test_loose_budget_promotes_nothing_and_equals_the_naive_output():
+    policy = Policy.budget(1e9, "absolute")
+    q, *_ = problems.originals()
+    cache = problems.cache(policy)
+    out, record = certify(q, cache, policy)
+    for name in ("rung", "k_star", "n_value_promoted", "bytes_paged_in"):
+        assert not np.asarray(getattr(record, name)).any()
+    np.testing.assert_allclose(out, jax.jit(naive_attention)(q, cache), rtol=0, atol=1e-6)
+
+
+def test_promoting_everything_leaves_the_error_of_float32():
+    policy = Policy.paper(tau_cov=1.0, k_min=64, k_max=64, v_tol=0.0)
+    q, keys, values, lengths = problems.originals()
+    out, record = certify(q, problems.cache(policy), policy)
+    assert (np.asarray(record.rung) == 2).all()
+    assert not np.asarray(record.e_key).any() and not np.asarray(record.e_val).any()
+    assert exact_error(out, q, keys, values, lengths).max() < 1e-5
+
+
+def test_everything_in_the_windows_needs_no_tier1():
+    policy = Policy.budget(0.001, recent_tokens=512)
+    out, record = certify(problems.originals()[0], problems.cache(policy), policy)
+    assert not np.asarray(record.rung).any() and not np.asarray(record.e_key).any()
+
+
+def test_tightening_the_tolerance_never_loosens_the_bound():
+    """Ladder monotonicity: a smaller tolerance gives smaller bounds, higher rungs, more page-ins per head."""
+    q, *_ = problems.originals()
+    records = []
+    for tolerance in (1e9, 0.4, 0.2, 0.1, 1e-9):
+        policy = Policy.budget(tolerance, "absolute")
+        records.append(certify(q, problems.cache(policy), policy)[1])
+    for loose, tight in zip(records, records[1:], strict=False):
+        assert (np.asarray(tight.rung) >= np.asarray(loose.rung)).all()
+        within = np.asarray(tight.e_total) <= np.asarray(loose.e_total) * (1 + 1e-5)
+        assert (within | (np.asarray(tight.rung) >= 3)).all()
+        assert int(tight.bytes_paged_in.sum()) >= int(loose.bytes_paged_in.sum())
+
+
+def test_bytes_paged_in_count_each_block_once():
+    policy = Policy.paper(k_min=64, k_max=64, tau_cov=1.0, v_tol=0.0)
+    q, keys, *_ = problems.originals()
+    _, record = certify(q, problems.cache(policy), policy)
+    block = 16 * D * keys.dtype.itemsize
+    # Blocks read from tier 1: all but the one in the ring; keys and values, once per KV head, charged to one head.
+    expected = [2 * block * ((n - 1) // 16) * H for n in problems.LENGTHS]
+    assert record.bytes_paged_in.sum(-1).tolist() == expected
+    assert np.count_nonzero(np.asarray(record.bytes_paged_in)) == B * H
+
+
+def test_sums_of_the_certificate_equal_the_formulas():
+    """The twin against float64: every term of the centred bound by its definition, everything quantized."""
+    policy = Policy.paper(centre="mean")
+    q, keys, values, _ = problems.originals()
+    n = 16 * 20 + 1  # twenty closed blocks; the single token in the ring is left out below
+    cache = problems.build(keys, values, jnp.full(B, n), policy)
+
+    @jax.jit
+    def evaluate(cache):
+        problem = att.build(q.reshape(B, H, G, D), cache)
+        problem = problem.replace(window_scores=jnp.full_like(problem.window_scores, -jnp.inf))
+        return problem, att.quantized(problem, policy)
+
+    problem, attempt = evaluate(cache)
+    k_hat = cache.codec.decode_keys(cache.codes).reshape(B, H, -1, D)
+    live = slice(0, n - 1)
+    delta = problem.delta.reshape(B, H, G, -1)
+    eta, nu = (x.reshape(B, H, -1) for x in (problem.eta, problem.nu))
+    for b in range(B):
+        for h in range(H):
+            want = centred_terms(
+                q.reshape(B, H, G, D)[b, h], k_hat[b, h, live], problem.v_hat[b, h, live], delta[b, h, :, live],
+                eta[b, h, live], nu[b, h, live], cache.centre[b, h],
+            )  # fmt: skip
+            np.testing.assert_allclose(attempt.out[b, h], want["out"], atol=1e-5)
+            np.testing.assert_allclose(attempt.sums.l_minus[b, h], want["l_minus"], rtol=1e-5)
+            np.testing.assert_allclose(attempt.e_val[b, h], want["e_val"], rtol=1e-5)
+            np.testing.assert_allclose(attempt.e_key[b, h], want["e_key"], rtol=1e-3)
+
+
+def test_block_terms_add_up_to_the_bound():
+    policy = Policy.budget(0.05)
+    q, *_ = problems.originals()
+    cache = problems.cache(policy)
+
+    @jax.jit
+    def terms(cache):
+        problem = att.build(q.reshape(B, H, G, D), cache)
+        attempt = att.quantized(problem, policy)
+        return att.block_terms(problem, attempt), attempt, centred.e_val(attempt.sums)
+
+    (key_terms, value_terms), attempt, e_val = terms(cache)
+    np.testing.assert_allclose(key_terms.sum(-1), attempt.e_key, rtol=1e-4)
+    np.testing.assert_allclose(value_terms.sum(-1), e_val, rtol=1e-4)
+
+
+@pytest.mark.parametrize("policy", [Policy.paper(), Policy.budget(0.05)], ids=["paper", "budget"])
+def test_stacked_view_certifies_like_a_single_layer(policy):
+    q, keys, values, lengths = problems.originals()
+    stacked = problems.build(jnp.stack([values, keys]), jnp.stack([keys, values]), lengths, policy)
+    view = jax.jit(lambda cache, layer: certify(q, cache.at(layer), policy))
+    out, record = view(stacked, jnp.int32(1))
+    single, single_record = certify(q, problems.cache(policy), policy)
+    np.testing.assert_allclose(out, single, rtol=0, atol=2e-6)
+    np.testing.assert_array_equal(record.rung, single_record.rung)
+
+
+def test_query_is_used_in_float32_whatever_its_dtype():
+    policy = Policy.budget(0.05)
+    q = problems.originals()[0].astype(jnp.bfloat16)
+    out, _ = certify(q, problems.cache(policy), policy)
+    assert out.dtype == jnp.float32
+    np.testing.assert_array_equal(out, certify(q.astype(jnp.float32), problems.cache(policy), policy)[0])
+
+
+@pytest.mark.parametrize("shape", [(B, H * G, D + 1), (B + 1, H * G, D), (B, H * G + 1, D), (H * G, D)])
+def test_query_that_does_not_fit_the_cache_is_refused(shape):
+    policy = Policy.budget(0.05)
+    with pytest.raises(InvalidArgumentError, match="q must be"):
+        certify(jnp.zeros(shape), problems.cache(policy), policy)
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (1, 15), (16, 17), (31, 33)])
+def test_short_sequences_are_exact_because_they_are_in_the_ring(lengths):
+    policy = Policy.paper()
+    q, keys, values, _ = problems.originals()
+    n = jnp.asarray(lengths)
+    out, record = certify(q, problems.build(keys, values, n, policy), policy)
+    error = exact_error(out, q, keys, values, lengths)
+    assert (error <= f64(record.e_total)).all()
+    assert error[0].max() < 1e-5 or lengths[0] > 16
+
+
+def test_oracle_agrees_with_a_textbook_softmax():
+    q, k, v = np.array([[[1.0, 0.0]]]), np.array([[[[1.0, 0.0], [0.0, 1.0]]]]), np.array([[[[1.0, 2.0], [3.0, 4.0]]]])
+    w = np.exp([1 / np.sqrt(2), 0.0])
+    np.testing.assert_allclose(exact_attention(q, k, v, [2])[0, 0], (w / w.sum()) @ v[0, 0], rtol=1e-12)
+
+
+def test_no_retrace_while_a_cache_grows():
+    policy = Policy.budget(0.05)
+    traces = 0
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(cache, q, k, v):
+        nonlocal traces
+        traces += 1
+        cache = cache.append(k, v)
+        return cache, certify(q, cache, policy)
+
+    q, keys, values, _ = problems.originals()
+    cache = TieredKVCache.from_prefill(keys[:, :, :200], values[:, :, :200], policy, capacity=512)
+    for t in range(200, 240):
+        cache, (out, record) = step(cache, q, keys[:, :, t], values[:, :, t])
+        assert (exact_error(out, q, keys, values, [t + 1] * B) <= f64(record.e_total)).all()
+    assert traces == 1

@@ -1,0 +1,98 @@
+"""Inputs at the edge of float32: found by an adversarial reading of the proofs, each was a wrong bound once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from certjax import Policy, TieredKVCache, certified_attention
+from tests.oracle import exact_error, f64
+
+LOOSE = Policy.budget(1e30, "absolute", sink_tokens=0, recent_tokens=0, centre="zero")
+PAPER = Policy.paper()
+SHAPE = (1, 2, 48, 16)
+
+
+@jax.jit
+def _loose(q, keys, values):
+    return certified_attention(q, TieredKVCache.from_prefill(keys, values, LOOSE, capacity=48), LOOSE)
+
+
+@jax.jit
+def _paper(q, keys, values):
+    return certified_attention(q, TieredKVCache.from_prefill(keys, values, PAPER, capacity=48), PAPER)
+
+
+def draw(key_scale, value_scale, query_scale, dtype=jnp.bfloat16):
+    a, b, c = jax.random.split(jax.random.key(3), 3)
+    keys, values = jax.random.normal(a, SHAPE) * key_scale, jax.random.normal(b, SHAPE) * value_scale
+    return jax.random.normal(c, (1, 4, 16)) * query_scale, keys.astype(dtype), values.astype(dtype)
+
+
+@pytest.mark.parametrize(
+    "scales",
+    [
+        (1.0, 5e37, 1.0),  # the norm of a value overflows a naive square
+        (1.0, 5e37, 100.0),
+        (1e-38, 1.0, 1e38),  # products of subnormal and huge numbers
+        (3e-39, 1.0, 3e37),
+        (1e37, 1.0, 3e-39),
+        (1e-20, 1e-38, 1.0),
+        (1e19, 1e25, 1e-19),
+    ],
+)
+@pytest.mark.parametrize("attend", [_loose, _paper], ids=["budget", "paper"])
+def test_bound_holds_where_squares_overflow_and_products_vanish(attend, scales):
+    inputs = draw(*scales)
+    out, record = attend(*inputs)
+    error = exact_error(out, *inputs, [48])
+    assert not np.isnan(record.e_total).any()
+    assert (error <= f64(record.e_total)).all()
+
+
+def test_weight_that_underflows_next_to_a_large_perturbation_is_counted():
+    """The peak has value 0; a token 88 below it, of weight 0 in float32, may be e^40 heavier than it seems."""
+    n, d = 32, 4
+    rng = np.random.default_rng(0)
+    keys = np.zeros((1, 1, n, d), np.float32)
+    keys[0, 0, :, 0] = -88.3 * 2
+    keys[0, 0, 0, 0] = 0.0
+    keys[0, 0, :, 1:] = rng.uniform(-2000, 2000, (n, 3))
+    values = np.ones((1, 1, n, d), np.float32)
+    values[0, 0, 0] = 0.0
+    for scale in (0.0, 0.003, 0.01):
+        q = np.array([[[1.0, scale, scale, -scale]]], np.float32)
+        inputs = tuple(map(jnp.asarray, (q, keys, values)))
+        policy = Policy.budget(1e30, "absolute", sink_tokens=0, recent_tokens=0, centre="zero", group_size=4)
+        cache = TieredKVCache.from_prefill(*inputs[1:], policy, capacity=n)
+        out, record = jax.jit(certified_attention, static_argnames="policy")(inputs[0], cache, policy)
+        assert (exact_error(out, *inputs, [n]) <= f64(record.e_total)).all()
+
+
+def test_output_whose_square_overflows_is_held_to_its_tolerance():
+    policy = Policy.budget(1e-4, "head", sink_tokens=0, recent_tokens=0)
+    q, keys, values = draw(1.0, 1e25, 1.0)
+    cache = TieredKVCache.from_prefill(keys, values, policy, capacity=48)
+    out, record = jax.jit(certified_attention, static_argnames="policy")(q, cache, policy)
+    np.testing.assert_allclose(record.tolerance, 1e-4 * np.linalg.norm(f64(out), axis=-1), rtol=1e-5)
+    assert np.asarray((record.e_total <= record.tolerance) | (record.rung >= 3)).all()
+    assert np.asarray(record.canary_ok).all()
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_annotations_hold_when_the_originals_are_rounded_in_the_same_program(dtype):
+    """XLA may drop a cast to a narrow type and back: what is measured must be what is stored all the same."""
+    policy = Policy.budget(0.05, key_metadata="float16", sink_tokens=0, recent_tokens=0)
+    a, b = jax.random.split(jax.random.key(0))
+    keys, values = (jax.random.normal(x, (1, 2, 64, 32)) * 1e-3 for x in (a, b))
+
+    @jax.jit
+    def build(keys, values):
+        return TieredKVCache.from_prefill(keys.astype(dtype), values.astype(dtype), policy, capacity=64)
+
+    cache = build(keys, values)
+    stored = (f64(x).reshape(1, 2, 4, 16, 32) for x in (cache.host_keys, cache.host_values))
+    decoded = cache.codec.decode_keys(cache.codes), cache.codec.decode_values(cache.codes)
+    for original, hat, note in zip(stored, decoded, (cache.notes.kappa, cache.notes.eta), strict=True):
+        assert (np.linalg.norm(original - f64(hat), axis=-1) <= f64(note)).all()

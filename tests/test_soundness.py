@@ -1,0 +1,64 @@
+"""No certificate is below the true error: adversarial inputs, random and by hypothesis."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests import adversarial as adv
+from tests import soundness
+
+
+@pytest.mark.parametrize("policy", adv.POLICIES.values(), ids=adv.POLICIES)
+@settings(max_examples=60)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    key_family=st.sampled_from(sorted(adv.FAMILIES)),
+    value_family=st.sampled_from(sorted(adv.FAMILIES)),
+    query_scale=st.sampled_from(adv.QUERY_SCALES),
+    key_scale=st.sampled_from(adv.DATA_SCALES),
+    value_scale=st.sampled_from(adv.DATA_SCALES),
+    dtype=st.sampled_from(sorted(adv.DTYPES)),
+)
+def test_bound_holds_for_inputs_that_hypothesis_finds(policy, seed, **choice):
+    result = soundness.check(adv.draw(np.random.default_rng(seed), **choice), policy)
+    assert not result["violation"].any()
+    assert not result["contract"].any()
+    assert not result["canary"].any()  # a canary alarm on an intact cache would be a bound that does not hold
+
+
+@pytest.mark.parametrize("key_family", sorted(adv.FAMILIES))
+@pytest.mark.parametrize("dtype", sorted(adv.DTYPES))
+def test_bound_holds_for_every_family_at_every_query_scale(key_family, dtype):
+    rng = np.random.default_rng(11)
+    for query_scale in adv.QUERY_SCALES:
+        inputs = adv.draw(rng, key_family, key_family, query_scale, 1.0, 1.0, dtype)
+        for policy in (adv.POLICIES["budget_loose"], adv.POLICIES["paper_clamped"]):
+            assert not soundness.check(inputs, policy)["violation"].any()
+
+
+def test_a_hundred_thousand_head_steps_have_no_violation():
+    totals = soundness.run(100_000, seed=1, progress=False)
+    assert totals["head_steps"] >= 100_000
+    assert totals["violations"] == totals["contract_broken"] == totals["canary_alarms"] == 0
+    # The run means something only if every rung was climbed on the way.
+    assert all(totals[f"rung_{r}"] > 1000 for r in (0, 1, 2, 3))
+
+
+@pytest.mark.long
+def test_a_million_head_steps_have_no_violation():
+    totals = soundness.run(1_000_000, seed=2, progress=False)
+    assert totals["violations"] == totals["contract_broken"] == totals["canary_alarms"] == 0
+
+
+def test_the_harness_notices_an_unsound_bound(monkeypatch):
+    """Mutation: halve every bound, and violations must appear."""
+    certify = soundness.certify
+
+    def halved(*inputs, policy):
+        out, record = certify(*inputs, policy=policy)
+        return out, record.replace(e_total=record.e_total * 0.25)
+
+    monkeypatch.setattr(soundness, "certify", halved)
+    totals = soundness.run(20_000, seed=3, progress=False)
+    assert totals["violations"] > 0
