@@ -121,8 +121,9 @@ def _summary(policy, error, record, truth) -> dict:
 def _print(rows, args) -> None:
     print(f"jax {jax.__version__}, {jax.devices()[0]}, SmolLM2, {args.tokens} tokens of {args.novel}, "
           f"{args.queries} positions, all layers and heads")  # fmt: skip
-    head = ["policy", "head-steps", "violations", "contract broken", "bound/error p1, p50, p90", "E_total/layer p50, p90",
-            "before rungs 3-4 p50, p90", "E_arith/layer p50", "true error/layer p50, p90", "centred/paper p50, p90",
+    head = ["policy", "head-steps", "violations", "contract broken", "bound/error p1, p50, p90",
+            "E_total/layer p50, p90", "before rungs 3-4 p50, p90", "E_arith/layer p50",
+            "true error/layer p50, p90", "centred/paper p50, p90",
             "promoted blocks", "dense"]  # fmt: skip
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
     for r in rows:

@@ -23,6 +23,7 @@ QUESTIONS = (
     "List the days of the week.",
     "Give a recipe for tea.",
 )
+COUNTS = ("head_steps", "promoted", "dense_head", "dense_layer", "within_tolerance_or_dense")
 PASSAGES = tuple((title, start, length) for title in NOVELS for start, length in ((3000, 700), (20000, 1400)))
 
 
@@ -58,12 +59,12 @@ def main() -> None:
             "certified_equals_dense": texts["certified"] == texts["dense"],
             "naive_equals_dense": texts["naive"] == texts["dense"],
             "text": texts,
-            **{k: report[k] for k in ("head_steps", "promoted", "dense_head", "dense_layer", "within_tolerance_or_dense")},
+            **{k: report[k] for k in COUNTS},
         })  # fmt: skip
         if not args.json:
-            r = rows[-1]
-            print(f"{'same' if r['certified_equals_dense'] else 'DIFFERENT':9} promoted {r['promoted'] / r['head_steps']:6.1%}"
-                  f"  dense {(r['dense_head'] + r['dense_layer']) / r['head_steps']:6.1%}  naive "
+            r, n = rows[-1], rows[-1]["head_steps"]
+            print(f"{'same' if r['certified_equals_dense'] else 'DIFFERENT':9} promoted {r['promoted'] / n:6.1%}"
+                  f"  dense {(r['dense_head'] + r['dense_layer']) / n:6.1%}  naive "
                   f"{'same' if r['naive_equals_dense'] else 'different':9}  {label}", flush=True)  # fmt: skip
     if args.json:
         print(json.dumps(rows, indent=2))

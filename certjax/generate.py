@@ -114,7 +114,7 @@ def generate(
     return Generation(
         tokens=tokens,
         text=[model.tokenizer.decode(t) for t in tokens] if model.tokenizer else None,
-        telemetry=jax.tree.map(lambda x: np.asarray(x[:steps]), state.telemetry),
+        telemetry=jax.tree.map(lambda x: np.asarray(x)[:steps], state.telemetry),
         prompt_lengths=job.prompt_lengths,
         mode=mode,
         policy=job.policy,
@@ -146,10 +146,11 @@ def _stream(model: Model, job: _Job, max_new_tokens: int) -> Iterator[str]:
     for limit in range(1, max_new_tokens + 1):
         state = job.advance(state, limit)
         text = model.tokenizer.decode(np.asarray(state.tokens)[0, : int(state.finished_at[0])])
-        if not text.endswith("\ufffd") and len(text) > len(shown):
+        ended = limit == max_new_tokens or bool(state.done.all())
+        if len(text) > len(shown) and (ended or not text.endswith("\ufffd")):
             yield text[len(shown) :]
             shown = text
-        if bool(state.done.all()):
+        if ended:
             return
 
 
@@ -222,7 +223,7 @@ def _prepare(
 def _as_batch(prompts) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    prompts = list(prompts)
+    prompts = prompts.tolist() if isinstance(prompts, (np.ndarray, jax.Array)) else list(prompts)
     if not prompts:
         raise InvalidArgumentError("prompts is empty; pass at least one prompt.")
     return [prompts] if isinstance(prompts[0], (int, np.integer)) else prompts

@@ -85,7 +85,9 @@ class Policy:
         cls, tolerance: float = 0.05, relative_to: Literal["layer", "head", "absolute"] = "layer", **overrides
     ) -> Policy:
         """Certified error of every returned head at most `tolerance`, or the head is dense."""
-        preset = dict(sink_tokens=16, recent_tokens=128, ranking_depth=0, centre="mean")
+        block = max(overrides.get("block_size", cls.block_size), 1)  # what is below 1 is refused with its own message
+        sink, recent = (-(-n // block) * block for n in (16, 128))
+        preset = dict(sink_tokens=sink, recent_tokens=recent, ranking_depth=0, centre="mean")
         return cls(**{"kind": "budget", **preset, "tolerance": tolerance, "relative_to": relative_to, **overrides})
 
     def __post_init__(self):
@@ -120,7 +122,9 @@ class Policy:
             1 <= self.k_min <= self.k_max,
             f"k_min and k_max must satisfy 1 <= k_min <= k_max, got {self.k_min} and {self.k_max}.",
         )
-        _require(self.v_tol >= 0, f"v_tol must be non-negative, got {self.v_tol}.")
+        for name in ("v_tol", "rung1_threshold", "eps_guard", "seed"):
+            x = getattr(self, name)
+            _require(x >= 0, f"{name} must be non-negative, got {x}.")
         _require(self.rung1_multiplier >= 1, f"rung1_multiplier must be at least 1, got {self.rung1_multiplier}.")
         _require(self.ranking_depth >= 0, f"ranking_depth must be non-negative, got {self.ranking_depth}.")
         _require(0 <= self.exploration <= 1, f"exploration must be in [0, 1], got {self.exploration}.")

@@ -25,7 +25,7 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
-        if self.temperature < 0:
+        if not self.temperature >= 0:
             raise InvalidArgumentError(f"temperature must be >= 0 (0 is greedy), got {self.temperature}.")
         if self.top_k < 0:
             raise InvalidArgumentError(f"top_k must be >= 0 (0 keeps all tokens), got {self.top_k}.")

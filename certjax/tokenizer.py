@@ -18,12 +18,22 @@ class Tokenizer:
     ----------
     directory
         Holds `tokenizer.json` and, optionally, `tokenizer_config.json`.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If a file is damaged.
     """
 
     def __init__(self, directory: Path):
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
         config_file = directory / "tokenizer_config.json"
-        self._config = json.loads(config_file.read_text()) if config_file.exists() else {}
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+            self._config = json.loads(config_file.read_text()) if config_file.exists() else {}
+        except Exception as error:  # `tokenizers` raises plain Exception
+            raise InvalidArgumentError(
+                f"the tokenizer in {directory} cannot be read ({error}); convert the source again."
+            ) from error
 
     @property
     def vocab_size(self) -> int:

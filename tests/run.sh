@@ -16,4 +16,4 @@ case ",${EXTRAS:-test}," in *,parity,*) # a CPU build; without the pin, pip brin
   "$venv/bin/python" -m pip install -q --disable-pip-version-check "torch==2.13.0" ;;
 esac
 "$venv/bin/python" -m pip install -q --disable-pip-version-check -e ".[${EXTRAS:-test}]"
-exec "$venv/bin/python" -m pytest -n "${WORKERS:-2}" --dist loadfile -m "not long and not parity" "$@"
+exec "$venv/bin/python" -m pytest -n "${WORKERS:-2}" --dist loadfile --durations=15 -m "not long and not parity" "$@"
