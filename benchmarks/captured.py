@@ -25,6 +25,12 @@ POLICIES = {
     "paper": certjax.Policy.paper(),
     "paper, windows": certjax.Policy.paper(sink_tokens=16, recent_tokens=128),
     "nothing promoted, windows": certjax.Policy.budget(1e6),
+    "nothing promoted, windows, planes": certjax.Policy.budget(1e6, codec="planes"),
+    "nothing promoted, windows, planes 8, 4": certjax.Policy.budget(
+        1e6, codec="planes", key_planes=(8,), value_planes=(4,)
+    ),
+    "budget 0.02, planes": certjax.Policy.budget(0.02, codec="planes"),
+    "budget 0.05, planes": certjax.Policy.budget(0.05, codec="planes"),
     "budget 0.02": certjax.Policy.budget(0.02),
     "budget 0.05": certjax.Policy.budget(0.05),
     "budget 0.10": certjax.Policy.budget(0.10),

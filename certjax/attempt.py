@@ -96,8 +96,8 @@ def build(q: jax.Array, cache: TieredKVCache) -> Problem:
     kappa, eta, nu = (
         jnp.where(here, x.astype(jnp.float32), 0.0) for x in (cache.notes.kappa, cache.notes.eta, cache.notes.nu)
     )
-    k_hat = jnp.where(here[..., None], cache.codec.decode_keys(cache.codes), 0.0)
-    v_hat = jnp.where(here[..., None], cache.codec.decode_values(cache.codes), 0.0)
+    k_hat = jnp.where(here[..., None], cache.codec.decode_keys(cache.codes, cache.centres), 0.0)
+    v_hat = jnp.where(here[..., None], cache.codec.decode_values(cache.codes, cache.centres), 0.0)
     scores = num.dot_scores(q, k_hat.reshape(b, n_heads, n_blocks * size, d))
     scores = jnp.where(active[:, None, None, :, None], scores.reshape(*q.shape[:3], n_blocks, size), -jnp.inf)
     # Barriers here and below: every use of a score or of a decoded value is of the same float32 number.
@@ -111,7 +111,7 @@ def build(q: jax.Array, cache: TieredKVCache) -> Problem:
     window_scores = jnp.where(window_live[:, None, None], num.dot_scores(q, window_keys), -jnp.inf)
     window_scores = lax.optimization_barrier(window_scores)
     window_nu = jnp.where(
-        window_live[:, None], num.norm_up(window_values - cache.centre[:, :, None]) * num.NORM_SLACK, 0.0
+        window_live[:, None], num.norm_up(window_values - cache.centres.values[:, :, None]) * num.NORM_SLACK, 0.0
     )
 
     k_norm = jnp.where(active[:, None], cache.notes.k_norm.astype(jnp.float32), 0.0).max(-1)
@@ -133,7 +133,7 @@ def build(q: jax.Array, cache: TieredKVCache) -> Problem:
         window_nu=window_nu,
         window_live=window_live,
         nu_max=jnp.maximum(nu.max((-2, -1)), window_nu.max(-1)),
-        centre=cache.centre,
+        centre=cache.centres.values,
     )
 
 

@@ -19,7 +19,7 @@ from flax import struct
 from jax import lax
 
 from certjax import host
-from certjax.codecs import Annotations, Codec, annotate, fingerprint
+from certjax.codecs import Annotations, Centres, Codec, annotate, fingerprint
 from certjax.codecs.base import Codes
 from certjax.errors import ContextLengthError, InvalidArgumentError, MissingTier2Error
 from certjax.policy import Policy
@@ -38,7 +38,7 @@ class TieredKVCache:
     sink_values: jax.Array
     ring_keys: jax.Array  # [b, Hkv, R*B, d]
     ring_values: jax.Array
-    centre: jax.Array  # [b, Hkv, d] float32
+    centres: Centres  # [b, Hkv, d] float32
     host_keys: jax.Array | None  # [b, Hkv, N, d]
     host_values: jax.Array | None
     length: jax.Array  # [b] int32, tokens held
@@ -72,7 +72,7 @@ class TieredKVCache:
         """Bytes of the arrays, tier by tier: `tier1` (codes, metadata, annotations), `windows`, `tier2`."""
         windows = (self.sink_keys, self.sink_values, self.ring_keys, self.ring_values)
         return {
-            "tier1": host.nbytes(*jax.tree.leaves((self.codes, self.notes)), self.centre),
+            "tier1": host.nbytes(*jax.tree.leaves((self.codes, self.notes, self.centres))),
             "windows": host.nbytes(*windows),
             "tier2": host.nbytes(self.host_keys, self.host_values),
         }
@@ -142,9 +142,9 @@ class TieredKVCache:
         memory); `page_in` adds the layer's index to what it reads."""
         stacked = (
             self.codes, self.notes, self.sink_keys, self.sink_values,
-            self.ring_keys, self.ring_values, self.centre,
+            self.ring_keys, self.ring_values, self.centres,
         )  # fmt: skip
-        names = ("codes", "notes", "sink_keys", "sink_values", "ring_keys", "ring_values", "centre")
+        names = ("codes", "notes", "sink_keys", "sink_values", "ring_keys", "ring_values", "centres")
         leaves = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, layer, 0, keepdims=False), stacked)
         return self.replace(**dict(zip(names, leaves, strict=True)), layer=layer)
 
@@ -214,8 +214,8 @@ class TieredKVCache:
         closes = room & (offset == size - 1)
 
         def close(stored):
-            centre = _take(self.centre, (*at, row), 0, 0, self.centre.shape[-2])
-            encoded = _encode_blocks(self.codec, k_block[:, None], v_block[:, None], centre)  # [Hkv, 1, ...]
+            centres = jax.tree.map(lambda c: _take(c, (*at, row), 0, 0, c.shape[-2]), self.centres)
+            encoded = _encode_blocks(self.codec, k_block[:, None], v_block[:, None], centres)  # [Hkv, 1, ...]
             return jax.tree.map(lambda x, e: _put(x, e, (*at, row), 1, block), stored, encoded)
 
         # 15 steps of 16 close nothing and skip the encoding.
@@ -303,24 +303,25 @@ def _check_originals(keys: jax.Array, values: jax.Array) -> None:
         )
 
 
-def _encode_blocks(codec: Codec, keys, values, centre, doubt=0.0) -> tuple[Codes, Annotations]:
-    """`keys`, `values`: [..., NB, B, d] originals; `centre`: [..., d]; `doubt`: see `annotate`."""
+def _encode_blocks(codec: Codec, keys, values, centres, doubt=None) -> tuple[Codes, Annotations]:
+    """`keys`, `values`: [..., NB, B, d] originals; `centres`: [..., d]; `doubt`: see `annotate`."""
     # Rounded (again): where the caller's cast to the originals' dtype is in the same program, XLA may have dropped it.
     k, v = (num.representable(x.astype(jnp.float32), x.dtype) for x in (keys, values))
-    codes = codec.encode(k, v)
-    return codes, annotate(codec, k, v, centre, codes, doubt)
+    codes = codec.encode(k, v, centres)
+    return codes, annotate(codec, k, v, centres, codes, doubt)
 
 
-def _prompt_centre(policy: Policy, values: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`c` [b, Hkv, d] float32, and how far two evaluations of it can lie apart [b, Hkv]."""
-    b, h, n, d = values.shape
+def _prompt_centre(policy: Policy, x: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Centre of the keys or values `x` [b, Hkv, N, d] of a prompt: [b, Hkv, d] float32, and how far two evaluations
+    of it can lie apart [b, Hkv]."""
+    b, h, n, d = x.shape
     if policy.centre == "zero":
         return jnp.zeros((b, h, d), jnp.float32), jnp.zeros((b, h), jnp.float32)
     weight = (1.0 / jnp.maximum(length, 1)).astype(jnp.float32)[:, None, None, None]
     weight = jnp.broadcast_to(weight, (b, h, 1, n))
-    v = values.astype(jnp.float32)  # zero beyond the length
-    centre = num.weighted_sum(weight, v)[:, :, 0]
-    magnitude = num.norm_up(num.weighted_sum(weight, jnp.abs(v))[:, :, 0])
+    x = x.astype(jnp.float32)  # zero beyond the length
+    centre = num.weighted_sum(weight, x)[:, :, 0]
+    magnitude = num.norm_up(num.weighted_sum(weight, jnp.abs(x))[:, :, 0])
     usable = jnp.isfinite(magnitude)
     return (
         jnp.where(usable[..., None], centre, 0.0),
@@ -336,10 +337,12 @@ def _encode_prompt(keys, values, length, policy: Policy, n_blocks: int):
     valid = (jnp.arange(n_blocks * size) < length[:, None])[:, None, :, None]
     keys, values = (jnp.where(valid, jnp.pad(x, grow), 0) for x in (keys, values))
 
-    centre, doubt = _prompt_centre(policy, values, length)
+    key_centre, key_doubt = _prompt_centre(policy, keys, length)
+    value_centre, value_doubt = _prompt_centre(policy, values, length)
+    centres, doubt = Centres(keys=key_centre, values=value_centre), Centres(keys=key_doubt, values=value_doubt)
     blocked = (b, h, n_blocks, size, d)
     codes, notes = _encode_blocks(
-        policy.make_codec(), keys.reshape(blocked), values.reshape(blocked), centre, doubt
+        policy.make_codec(), keys.reshape(blocked), values.reshape(blocked), centres, doubt
     )
     closed = jnp.arange(n_blocks) < (length // size)[:, None, None]  # [b, 1, NB]
 
@@ -354,7 +357,7 @@ def _encode_prompt(keys, values, length, policy: Policy, n_blocks: int):
         sink_values=_head_of(values, policy.sink_tokens),
         ring_keys=ring[0],
         ring_values=ring[1],
-        centre=centre,
+        centres=centres,
     )
     return leaves, (keys, values)
 

@@ -24,10 +24,15 @@ class Policy:
     ----------
     kind
         Selection policy: "paper" (promote by mass) or "budget" (promote until a tolerance is met).
-    codec, block_size, group_size, key_metadata
-        Tier-1 format, `B`, `g`, and the dtype of key scales and offsets.
+    codec, block_size
+        Tier-1 format ("int8_int4", the paper's, or "planes"), and `B`.
+    group_size, key_metadata
+        `int8_int4`: `g`, and the dtype of key scales and offsets.
+    key_planes, value_planes
+        `planes`: widths in bits of the planes that hold a code.
     centre
-        `c` in `nu_t = ||v_t - c||`: "zero", or "mean" of the prompt's values per KV head.
+        Per KV head, what `planes` subtracts from keys and values, and `c` in `nu_t = ||v_t - c||`: "zero", or
+        "mean" of the prompt.
     sink_tokens, recent_tokens
         Windows kept on the device in original precision, multiples of `block_size`.
     tolerance, relative_to
@@ -55,6 +60,8 @@ class Policy:
     block_size: int = 16
     group_size: int = 16
     key_metadata: Literal["float32", "float16"] = "float32"
+    key_planes: tuple[int, ...] = (8, 4)
+    value_planes: tuple[int, ...] = (4, 2)
     centre: Literal["zero", "mean"] = "zero"
     sink_tokens: int = 0
     recent_tokens: int = 0
@@ -135,7 +142,13 @@ class Policy:
 
     def make_codec(self) -> Codec:
         """The tier-1 codec this policy asks for."""
-        return make_codec(self.codec, group_size=self.group_size, key_metadata=self.key_metadata)
+        return make_codec(
+            self.codec,
+            group_size=self.group_size,
+            key_metadata=self.key_metadata,
+            key_planes=self.key_planes,
+            value_planes=self.value_planes,
+        )
 
     @property
     def ring_blocks(self) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jinja2.sandbox
 import tokenizers
@@ -27,13 +29,8 @@ class Tokenizer:
 
     def __init__(self, directory: Path):
         config_file = directory / "tokenizer_config.json"
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
-            self._config = json.loads(config_file.read_text()) if config_file.exists() else {}
-        except Exception as error:  # `tokenizers` raises plain Exception
-            raise InvalidArgumentError(
-                f"the tokenizer in {directory} cannot be read ({error}); convert the source again."
-            ) from error
+        self._tokenizer = _read(directory / "tokenizer.json", lambda f: tokenizers.Tokenizer.from_file(str(f)))
+        self._config = _read(config_file, lambda f: json.loads(f.read_text())) if config_file.exists() else {}
 
     @property
     def vocab_size(self) -> int:
@@ -79,3 +76,10 @@ class Tokenizer:
     def _token(entry) -> str | None:
         """A special token is stored as a string or as an added-token record."""
         return entry["content"] if isinstance(entry, dict) else entry
+
+
+def _read(file: Path, reader: Callable[[Path], Any]) -> Any:
+    try:
+        return reader(file)
+    except Exception as error:  # `tokenizers` raises plain Exception
+        raise InvalidArgumentError(f"{file} cannot be read ({error}); convert the source again.") from error

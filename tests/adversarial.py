@@ -92,6 +92,10 @@ POLICIES = {
     "budget": Policy.budget(0.05, sink_tokens=16, recent_tokens=16),
     "budget_loose": Policy.budget(100.0, sink_tokens=0, recent_tokens=0, centre="zero"),
     "budget_head": Policy.budget(0.2, "head", sink_tokens=16, recent_tokens=0, group_size=8, max_promoted=1.0),
+    "planes": Policy.budget(0.02, codec="planes", sink_tokens=16, recent_tokens=16),
+    "planes_loose": Policy.budget(
+        100.0, codec="planes", key_planes=(8,), value_planes=(2,), sink_tokens=0, recent_tokens=0, centre="mean"
+    ),
     "budget_absolute": Policy.budget(0.3, "absolute", sink_tokens=0, recent_tokens=32, key_metadata="float16"),
 }
 

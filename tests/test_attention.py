@@ -152,7 +152,7 @@ def test_sums_of_the_certificate_equal_the_formulas():
         return problem, att.quantized(problem, policy)
 
     problem, attempt = evaluate(cache)
-    k_hat = cache.codec.decode_keys(cache.codes).reshape(B, H, -1, D)
+    k_hat = cache.codec.decode_keys(cache.codes, cache.centres).reshape(B, H, -1, D)
     live = slice(0, n - 1)
     delta = problem.delta.reshape(B, H, G, -1)
     eta, nu = (x.reshape(B, H, -1) for x in (problem.eta, problem.nu))
@@ -160,7 +160,7 @@ def test_sums_of_the_certificate_equal_the_formulas():
         for h in range(H):
             want = centred_terms(
                 q.reshape(B, H, G, D)[b, h], k_hat[b, h, live], problem.v_hat[b, h, live], delta[b, h, :, live],
-                eta[b, h, live], nu[b, h, live], cache.centre[b, h],
+                eta[b, h, live], nu[b, h, live], cache.centres.values[b, h],
             )  # fmt: skip
             np.testing.assert_allclose(attempt.out[b, h], want["out"], atol=1e-5)
             np.testing.assert_allclose(attempt.sums.l_minus[b, h], want["l_minus"], rtol=1e-5)

@@ -112,7 +112,7 @@ def test_what_lies_beyond_a_sequence_does_not_matter():
 def test_byte_report_agrees_with_the_arrays():
     cache = build(*kv(), jnp.asarray([N, N]))
     by_leaf = {
-        "tier1": jax.tree.leaves((cache.codes, cache.notes)) + [cache.centre],
+        "tier1": jax.tree.leaves((cache.codes, cache.notes, cache.centres)),
         "windows": [cache.sink_keys, cache.sink_values, cache.ring_keys, cache.ring_values],
         "tier2": [cache.host_keys, cache.host_values],
     }
@@ -127,8 +127,18 @@ def test_tier1_takes_the_bytes_a_token_that_the_format_promises(metadata, expect
     cache = TieredKVCache.from_prefill(x, x, policy, capacity=1600)
     codes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache.codes)) - cache.codes.k_reach.nbytes
     assert codes / 1600 == expected
-    annotations = cache.nbytes()["tier1"] - codes - cache.centre.nbytes
+    annotations = cache.nbytes()["tier1"] - codes - cache.centres.keys.nbytes - cache.centres.values.nbytes
     assert annotations / 1600 == 6 + 8 / 16
+
+
+@pytest.mark.parametrize("d, most", [(64, 156), (128, 300)])
+def test_planes_stay_within_their_bytes_a_token(d, most):
+    """Twelve-bit keys and six-bit values, scales and annotations included, as `docs/formats.md` promises."""
+    x = jnp.ones((1, 1, 1600, d), jnp.float16)
+    cache = TieredKVCache.from_prefill(x, x, Policy.budget(codec="planes"), capacity=1600)
+    held = cache.nbytes()["tier1"] - cache.centres.keys.nbytes - cache.centres.values.nbytes
+    assert held / 1600 == d * 18 / 8 + 4 + 6 + 6 / 16
+    assert held / 1600 <= most
 
 
 def test_stacked_cache_views_equal_single_layer_caches():
@@ -139,7 +149,7 @@ def test_stacked_cache_views_equal_single_layer_caches():
     for i, (k, v) in enumerate(layers):
         view = stacked.at(jnp.int32(i))
         single = build(k, v, lengths)
-        for name in ("codes", "notes", "ring_keys", "sink_values", "centre"):
+        for name in ("codes", "notes", "ring_keys", "sink_values", "centres"):
             assert_same(getattr(view, name), getattr(single, name))
         np.testing.assert_array_equal(
             jax.jit(lambda view: view.page_in_keys(1, 2, 8, 4))(view), k[1, 2, 8:12].astype(jnp.float16)

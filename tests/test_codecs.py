@@ -10,29 +10,44 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from certjax import InvalidArgumentError
-from certjax.codecs import REGISTRY, annotate, fingerprint, make_codec
+from certjax.codecs import REGISTRY, Centres, annotate, fingerprint, make_codec
+from certjax.codecs.rotation import rotate, rounding, unrotate
 from tests.adversarial import FAMILIES
 from tests.oracle import f64
 
 B, D = 16, 32
-OPTIONS = ({}, {"key_metadata": "float16"}, {"group_size": 8})
-codecs = pytest.mark.parametrize(
-    "codec", [make_codec(name, **options) for name in sorted(REGISTRY) for options in OPTIONS], ids=str
-)
+OPTIONS = (
+    {}, {"key_metadata": "float16"}, {"group_size": 8},
+    {"key_planes": (8,), "value_planes": (4,)}, {"key_planes": (4, 4, 4), "value_planes": (2, 2, 2)},
+)  # fmt: skip
+CODECS = list(dict.fromkeys(make_codec(name, **options) for name in sorted(REGISTRY) for options in OPTIONS))
+codecs = pytest.mark.parametrize("codec", CODECS, ids=str)
+with_channel_steps = pytest.mark.parametrize("codec", [c for c in CODECS if c.name == "int8_int4"], ids=str)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _encode(codec, keys, values, centre):
-    codes = codec.encode(keys, values)
-    return codes, annotate(codec, keys, values, centre, codes)
+def _encode(codec, keys, values, centres):
+    codes = codec.encode(keys, values, centres)
+    return codes, annotate(codec, keys, values, centres, codes)
 
 
-def encode(codec, keys, values, centre=None):
-    return _encode(codec, keys, values, jnp.zeros(keys.shape[-1]) if centre is None else centre)
+NOWHERE = Centres(keys=jnp.zeros(D), values=jnp.zeros(D))
 
 
-decode_keys = jax.jit(lambda codec, codes: codec.decode_keys(codes), static_argnums=0)
-decode_values = jax.jit(lambda codec, codes: codec.decode_values(codes), static_argnums=0)
+def encode(codec, keys, values, centres=NOWHERE):
+    return _encode(codec, keys, values, centres)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def decode_keys(codec, codes, centres=NOWHERE):
+    return codec.decode_keys(codes, centres)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def decode_values(codec, codes, centres=NOWHERE):
+    return codec.decode_values(codes, centres)
+
+
 channel_bound = jax.jit(lambda codec, abs_q, codes: codec.channel_bound(abs_q, codes), static_argnums=0)
 
 
@@ -53,12 +68,12 @@ cases = given(
 @cases
 def test_annotations_are_never_below_the_true_residuals(codec, seed, key_family, value_family, scale):
     keys, values = block(seed, key_family, scale), block(seed + 1, value_family, scale)
-    centre = jnp.asarray(np.random.default_rng(seed).standard_normal(D), jnp.float32)
-    codes, notes = encode(codec, keys, values, centre)
-    k_hat, v_hat = f64(decode_keys(codec, codes)), f64(decode_values(codec, codes))
+    centres = Centres(*jnp.asarray(np.random.default_rng(seed).standard_normal((2, D)), jnp.float32))
+    codes, notes = encode(codec, keys, values, centres)
+    k_hat, v_hat = f64(decode_keys(codec, codes, centres)), f64(decode_values(codec, codes, centres))
     assert (np.linalg.norm(f64(keys) - k_hat, axis=-1) <= f64(notes.kappa)).all()
     assert (np.linalg.norm(f64(values) - v_hat, axis=-1) <= f64(notes.eta)).all()
-    assert (np.linalg.norm(f64(values) - f64(centre), axis=-1) <= f64(notes.nu)).all()
+    assert (np.linalg.norm(f64(values) - f64(centres.values), axis=-1) <= f64(notes.nu)).all()
     reach = np.maximum(np.linalg.norm(f64(keys), axis=-1), np.linalg.norm(k_hat, axis=-1))
     assert (reach.max(-1) <= f64(notes.k_norm)).all()
 
@@ -72,7 +87,7 @@ def test_decoded_tensors_are_finite_for_finite_input(codec, seed, key_family, va
         assert np.isfinite(f64(x)).all()
 
 
-@codecs
+@with_channel_steps
 @settings(max_examples=60)
 @cases
 def test_channel_bound_holds_for_any_query(codec, seed, key_family, value_family, scale):
@@ -89,7 +104,7 @@ def test_int8_keys_are_within_half_a_step_of_gaussian_input():
     keys = block(0, "gaussian")
     codes, _ = encode(codec, keys, keys)
     half = 0.5 * f64(codes.k_scale)[:, None]
-    assert (np.abs(f64(keys) - f64(codec.decode_keys(codes))) <= half * (1 + 1e-4)).all()
+    assert (np.abs(f64(keys) - f64(decode_keys(codec, codes))) <= half * (1 + 1e-4)).all()
     assert (f64(codes.k_reach) <= 1.02).all()
 
 
@@ -99,7 +114,7 @@ def test_int4_values_are_within_half_a_step_of_gaussian_input():
     codes, _ = encode(codec, values, values)
     # The float16 scale and offset add a little to the half step of 1/15 of the range.
     half = 0.5 * np.repeat(f64(codes.v_scale), 16, -1) + 2e-3
-    assert (np.abs(f64(values) - f64(codec.decode_values(codes))) <= half).all()
+    assert (np.abs(f64(values) - f64(decode_values(codec, codes))) <= half).all()
 
 
 @pytest.mark.parametrize("metadata", ["float32", "float16"])
@@ -108,27 +123,27 @@ def test_constant_block_round_trips_exactly(metadata, value):
     codec = make_codec("int8_int4", key_metadata=metadata)
     x = jnp.full((1, B, D), np.float16(value), jnp.float32)
     codes, _ = encode(codec, x, x)
-    np.testing.assert_array_equal(codec.decode_keys(codes), x)
-    np.testing.assert_array_equal(codec.decode_values(codes), x)
+    np.testing.assert_array_equal(decode_keys(codec, codes), x)
+    np.testing.assert_array_equal(decode_values(codec, codes), x)
 
 
 def test_constant_channel_round_trips_beside_varying_ones():
     codec = make_codec("int8_int4")
     x = block(1, "gaussian").at[..., 5].set(2.25)
     codes, _ = encode(codec, x, x)
-    np.testing.assert_array_equal(codec.decode_keys(codes)[..., 5], x[..., 5])
+    np.testing.assert_array_equal(decode_keys(codec, codes)[..., 5], x[..., 5])
 
 
 def test_quantizing_decoded_keys_again_changes_nothing_but_rounding():
     codec = make_codec("int8_int4")
     x = block(2, "gaussian")
-    once = codec.decode_keys(encode(codec, x, x)[0])
-    twice = codec.decode_keys(encode(codec, once, once)[0])
+    once = decode_keys(codec, encode(codec, x, x)[0])
+    twice = decode_keys(codec, encode(codec, once, once)[0])
     np.testing.assert_allclose(once, twice, rtol=0, atol=1e-5)
 
 
 def test_packed_values_take_half_a_byte_each():
-    codes = make_codec("int8_int4").encode(block(0, "gaussian"), block(0, "gaussian"))
+    codes = make_codec("int8_int4").encode(block(0, "gaussian"), block(0, "gaussian"), NOWHERE)
     assert codes.v_codes.shape == (2, B, D // 2) and codes.v_codes.dtype == jnp.uint8
 
 
@@ -157,4 +172,51 @@ def test_unknown_codec_is_refused_with_the_names_that_exist():
 @pytest.mark.parametrize("d, group", [(33, 16), (24, 16)])
 def test_head_dim_that_groups_do_not_divide_is_refused(d, group):
     with pytest.raises(InvalidArgumentError, match="head dim"):
-        make_codec("int8_int4", group_size=group).encode(jnp.zeros((B, d)), jnp.zeros((B, d)))
+        make_codec("int8_int4", group_size=group).encode(jnp.zeros((B, d)), jnp.zeros((B, d)), NOWHERE)
+
+
+@pytest.mark.parametrize("d", [1, 3, 32, 64, 80, 96, 128, 256])
+def test_rotation_is_orthogonal_within_its_rounding(d):
+    x = jax.random.normal(jax.random.key(d), (50, d))
+    there = jax.jit(rotate)(x)
+    norms = np.linalg.norm(f64(x), axis=-1)
+    np.testing.assert_allclose(np.linalg.norm(f64(there), axis=-1), norms, rtol=rounding(d))
+    back = np.linalg.norm(f64(jax.jit(unrotate)(there)) - f64(x), axis=-1)
+    assert (back <= 2 * rounding(d) * norms).all()
+
+
+@pytest.mark.parametrize("d", [64, 80, 96, 128])
+def test_rotation_spreads_a_single_channel_over_all(d):
+    spread = np.abs(f64(rotate(jnp.eye(d))))
+    assert spread.max() <= 1.5 / np.sqrt(d) * 1.001
+
+
+def test_dropping_the_low_plane_leaves_the_coarser_code():
+    keys, values = block(3, "gaussian"), block(4, "gaussian")
+    fine, _ = encode(make_codec("planes"), keys, values)
+    coarse, _ = encode(make_codec("planes", key_planes=(8,), value_planes=(4,)), keys, values)
+    np.testing.assert_array_equal(fine.k_planes[0], coarse.k_planes[0])
+    np.testing.assert_array_equal(fine.v_planes[0], coarse.v_planes[0])
+    np.testing.assert_array_equal(fine.k_scale * 16, coarse.k_scale)
+
+
+def test_twelve_bit_keys_are_sixteen_times_closer_than_eight_bit_keys():
+    keys = block(3, "gaussian", n_blocks=20)
+    error = []
+    for widths in ((8,), (8, 4)):
+        codec = make_codec("planes", key_planes=widths)
+        codes, _ = encode(codec, keys, keys)
+        error.append(np.linalg.norm(f64(keys) - f64(decode_keys(codec, codes))))
+    assert 15 < error[0] / error[1] < 17
+
+
+@pytest.mark.parametrize("widths", [(), (3,), (8, 8, 1), (0,)])
+def test_planes_of_other_widths_are_refused(widths):
+    with pytest.raises(InvalidArgumentError, match="key_planes"):
+        make_codec("planes", key_planes=widths)
+
+
+def test_head_dim_that_does_not_fill_bytes_is_refused():
+    with pytest.raises(InvalidArgumentError, match="whole bytes"):
+        codec = make_codec("planes", key_planes=(1,))
+        codec.encode(jnp.zeros((1, B, 4)), jnp.zeros((1, B, 4)), Centres(jnp.zeros(4), jnp.zeros(4)))

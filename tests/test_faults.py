@@ -9,6 +9,8 @@ from tests import problems
 from tests.oracle import exact_error, f64
 from tests.problems import certify
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 BLOCK = (0, 0, 3)
 """Sequence, KV head and block that the faults hit."""
 

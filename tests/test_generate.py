@@ -24,6 +24,8 @@ from certjax.tokenizer import Tokenizer
 from checkpoints_tools import EmbeddedModelError, smollm2_source
 from tests.models import tiny
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 SPECIAL = ["<|user|>", "<|model|>"]
 # No test elsewhere has this config, so what is traced for it is traced here.
@@ -43,14 +45,6 @@ WAYS = {
 }
 every_way = pytest.mark.parametrize("way", WAYS)
 TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|model|>"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Control flow is tested here, and XLA's optimizer would take most of the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from certjax import InvalidArgumentError, Policy
-from certjax.codecs import Int8Int4
+from certjax.codecs import Int8Int4, Planes
 
 PRESETS = pytest.mark.parametrize("preset", [Policy.paper, Policy.budget], ids=["paper", "budget"])
 
@@ -127,7 +127,13 @@ def test_any_field_of_a_preset_can_be_overridden_without_touching_the_others(pre
 def test_windows_are_checked_against_the_block_size_that_was_asked_for():
     assert Policy.budget(block_size=8, sink_tokens=8, recent_tokens=24).ring_blocks == 4
     with pytest.raises(InvalidArgumentError, match="sink_tokens must be a non-negative multiple of block_size=32"):
-        Policy.budget(block_size=32)
+        Policy.budget(block_size=32, sink_tokens=16)
+
+
+@pytest.mark.parametrize(("block_size", "sink", "recent"), [(8, 16, 128), (16, 16, 128), (32, 32, 128), (48, 48, 144)])
+def test_preset_windows_are_whole_blocks_of_any_size(block_size, sink, recent):
+    policy = Policy.budget(block_size=block_size)
+    assert (policy.sink_tokens, policy.recent_tokens) == (sink, recent)
 
 
 @pytest.mark.parametrize(("recent", "blocks"), [(0, 1), (16, 2), (128, 9)])
@@ -137,6 +143,7 @@ def test_ring_holds_the_recent_window_and_the_block_being_filled(recent, blocks)
 
 def test_codec_is_built_with_the_policys_options():
     assert Policy.paper(group_size=8, key_metadata="float16").make_codec() == Int8Int4(8, "float16")
+    assert Policy.budget(codec="planes", key_planes=(8,)).make_codec() == Planes((8,), (4, 2))
 
 
 def test_policy_cannot_be_changed_after_it_was_checked():

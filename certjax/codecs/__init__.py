@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from certjax.codecs.base import Annotations, Codec, annotate, fingerprint
+import dataclasses
+
+from certjax.codecs.base import Annotations, Centres, Codec, annotate, fingerprint
 from certjax.codecs.int8_int4 import Int8Int4
+from certjax.codecs.planes import Planes
 from certjax.errors import InvalidArgumentError
 
-REGISTRY: dict[str, type] = {"int8_int4": Int8Int4}
+REGISTRY: dict[str, type] = {"int8_int4": Int8Int4, "planes": Planes}
 
 
 def make_codec(name: str, **options) -> Codec:
-    """The codec registered under `name`, built with its own options.
+    """The codec registered under `name`, built with those of the options that it has.
 
     Raises
     ------
@@ -19,7 +22,9 @@ def make_codec(name: str, **options) -> Codec:
     """
     if name not in REGISTRY:
         raise InvalidArgumentError(f"unknown codec {name!r}; available: {', '.join(sorted(REGISTRY))}.")
-    return REGISTRY[name](**options)
+    codec = REGISTRY[name]
+    own = {field.name for field in dataclasses.fields(codec) if field.init}
+    return codec(**{k: v for k, v in options.items() if k in own})
 
 
-__all__ = ["Annotations", "Codec", "REGISTRY", "annotate", "fingerprint", "make_codec"]
+__all__ = ["Annotations", "Centres", "Codec", "REGISTRY", "annotate", "fingerprint", "make_codec"]

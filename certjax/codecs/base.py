@@ -21,23 +21,38 @@ Codes = Any
 """A codec's own pytree. Every leaf has the block axis where the keys had it: [..., NB, ...]."""
 
 
+@flax.struct.dataclass
+class Centres:
+    """What a codec may subtract from the keys and values of a KV head before it quantizes them.
+
+    Attributes
+    ----------
+    keys, values : `[..., d]` float32
+        `values` is also the `c` of `nu_t = ||v_t - c||`.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+
+
 class Codec(Protocol):
     """A tier-1 format. Instances are frozen dataclasses: hashable, static under jit."""
 
     name: str
 
-    def encode(self, keys: jax.Array, values: jax.Array) -> Codes:
-        """Quantize float32 blocks `[..., B, d]` of keys and values; any number of leading axes."""
+    def encode(self, keys: jax.Array, values: jax.Array, centres: Centres) -> Codes:
+        """Quantize float32 blocks `[..., NB, B, d]` of keys and values; centres are `[..., d]`."""
 
-    def decode_keys(self, codes: Codes) -> jax.Array:
-        """What tier 1 says the keys are: float32 `[..., B, d]`."""
+    def decode_keys(self, codes: Codes, centres: Centres) -> jax.Array:
+        """What tier 1 says the keys are: float32 `[..., NB, B, d]`."""
 
-    def decode_values(self, codes: Codes) -> jax.Array:
-        """What tier 1 says the values are: float32 `[..., B, d]`."""
+    def decode_values(self, codes: Codes, centres: Centres) -> jax.Array:
+        """What tier 1 says the values are: float32 `[..., NB, B, d]`."""
 
-    def decode_slack(self, codes: Codes) -> tuple[jax.Array, jax.Array]:
-        """Bounds `[..., B]` on how far two float32 evaluations of decode_keys / decode_values of the same
-        codes can lie apart (a compiler may or may not contract a multiplication and an addition)."""
+    def decode_slack(self, codes: Codes, centres: Centres, doubt: Centres) -> tuple[jax.Array, jax.Array]:
+        """Bounds `[..., NB, B]` on how far two float32 evaluations of decode_keys / decode_values of the same
+        codes can lie apart (a compiler may or may not contract a multiplication and an addition), the centres
+        of the two being apart by at most `doubt` `[...]`."""
 
     def channel_bound(self, abs_q: jax.Array, codes: Codes) -> jax.Array | None:
         """Bound on `|q.(k_t - k^_t)|` of every token of a block from per-channel steps, or None.
@@ -74,22 +89,25 @@ def annotate(
     codec: Codec,
     keys: jax.Array,
     values: jax.Array,
-    centre: jax.Array,
+    centres: Centres,
     codes: Codes,
-    centre_doubt: jax.Array | float = 0.0,
+    doubt: Centres | None = None,
 ) -> Annotations:
-    """Measure what `codes` lost. `keys`, `values`: float32 `[..., NB, B, d]`; `centre`: `[..., d]`.
+    """Measure what `codes` lost. `keys`, `values`: float32 `[..., NB, B, d]`; `centres`: leaves `[..., d]`.
 
-    `centre_doubt` `[...]` is added to nu: where the centre is computed in the same program, the compiler may
-    evaluate it twice and round differently, and nu must hold for the one that is stored.
+    `doubt`, leaves `[...]`: where the centres are computed in the same program, the compiler may evaluate them
+    twice and round differently, by so much in norm. Every annotation holds for the ones that are stored.
     """
-    doubt = jnp.asarray(centre_doubt)[..., None, None]
-    k_hat, v_hat = codec.decode_keys(codes), codec.decode_values(codes)
-    k_slack, v_slack = codec.decode_slack(codes)
+    doubt = jax.tree.map(lambda c: jnp.zeros(c.shape[:-1]), centres) if doubt is None else doubt
+    k_hat, v_hat = codec.decode_keys(codes, centres), codec.decode_values(codes, centres)
+    k_slack, v_slack = codec.decode_slack(codes, centres, doubt)
     notes = Annotations(
         kappa=num.round_up_bf16((num.norm_up(keys - k_hat) + k_slack) * num.NORM_SLACK),
         eta=num.round_up_bf16((num.norm_up(values - v_hat) + v_slack) * num.NORM_SLACK),
-        nu=num.round_up_bf16((num.norm_up(values - centre[..., None, None, :]) + doubt) * num.NORM_SLACK),
+        nu=num.round_up_bf16(
+            (num.norm_up(values - centres.values[..., None, None, :]) + doubt.values[..., None, None])
+            * num.NORM_SLACK
+        ),
         k_norm=num.round_up_bf16(
             (jnp.maximum(num.norm_up(keys), num.norm_up(k_hat) + k_slack) * num.NORM_SLACK).max(-1)
         ),

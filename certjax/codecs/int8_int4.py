@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from certjax.codecs.base import Centres
 from certjax.errors import InvalidArgumentError
 from pallas_kernels import numerics as num
 
@@ -53,7 +54,8 @@ class Int8Int4:
         if self.group_size < 1:
             raise InvalidArgumentError(f"group_size must be at least 1, got {self.group_size}.")
 
-    def encode(self, keys: jax.Array, values: jax.Array) -> Int8Int4Codes:
+    def encode(self, keys: jax.Array, values: jax.Array, centres: Centres) -> Int8Int4Codes:
+        del centres  # the format has offsets of its own
         d = keys.shape[-1]
         if d % 2 or d % self.group_size:
             raise InvalidArgumentError(
@@ -98,19 +100,24 @@ class Int8Int4:
         codes = jnp.clip(jnp.round(ratio), 0, 15).astype(jnp.uint8).reshape(*lead, d)
         return codes[..., : d // 2] | codes[..., d // 2 :] << 4, scale, zero
 
-    def decode_keys(self, codes: Int8Int4Codes) -> jax.Array:
+    def decode_keys(self, codes: Int8Int4Codes, centres: Centres) -> jax.Array:
+        del centres
         step = codes.k_scale.astype(jnp.float32)[..., None, :]
         return _affine(codes.k_codes, step, codes.k_zero.astype(jnp.float32)[..., None, :])
 
-    def decode_values(self, codes: Int8Int4Codes) -> jax.Array:
+    def decode_values(self, codes: Int8Int4Codes, centres: Centres) -> jax.Array:
+        del centres
         both = jnp.concatenate([codes.v_codes & 15, codes.v_codes >> 4], -1)
         grouped = both.reshape(*both.shape[:-1], -1, self.group_size)
         step = codes.v_scale.astype(jnp.float32)[..., None]
         offset = codes.v_zero.astype(jnp.float32)[..., None]
         return _affine(grouped, step, offset).reshape(both.shape)
 
-    def decode_slack(self, codes: Int8Int4Codes) -> tuple[jax.Array, jax.Array]:
+    def decode_slack(
+        self, codes: Int8Int4Codes, centres: Centres, doubt: Centres
+    ) -> tuple[jax.Array, jax.Array]:
         """`4 u` times the norm of `|z| + 128 sigma` (keys) and of `|zero| + 15 scale` (values)."""
+        del centres, doubt
         k = jnp.abs(codes.k_zero.astype(jnp.float32)) + 128 * codes.k_scale.astype(jnp.float32)
         k_slack = jnp.broadcast_to(num.norm_up(k)[..., None], codes.k_codes.shape[:-1])
         v = jnp.abs(codes.v_zero.astype(jnp.float32)) + 15 * codes.v_scale.astype(jnp.float32)

@@ -12,6 +12,8 @@ import pytest
 from certjax.models.llama.modeling import decode_step, forward, init_params, unembed
 from tests.models import tiny
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def expected_shapes(c):
     q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim

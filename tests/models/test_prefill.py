@@ -15,6 +15,8 @@ from certjax.models.llama.modeling import decode_step, init_params
 from certjax.prefill import prefill, prefill_attention
 from tests.models import tiny
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TOLERANCE = 2e-4
 jitted_prefill = jax.jit(prefill, static_argnames=("config", "chunk"))
 
