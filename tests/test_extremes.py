@@ -49,20 +49,27 @@ def test_bound_holds_where_squares_overflow_and_products_vanish(policy, scales):
 
 
 def test_weight_that_underflows_next_to_a_large_perturbation_is_counted():
-    """The peak has value 0; a token 88 below it, of weight 0 in float32, may be e^40 heavier than it seems."""
-    rng = np.random.default_rng(0)
-    keys = np.zeros(SHAPE, np.float32)
-    keys[..., 0] = -88.3 * 4
-    keys[:, :, 0, 0] = 0.0
-    keys[..., 1:4] = rng.uniform(-2000, 2000, (*SHAPE[:-1], 3))
+    """Two tokens 88 apart by tier 1, so that the lighter has weight 0 in float32; by the originals they are 50 apart,
+    and the heavier has value 0: all the output there is comes from the weight that was flushed."""
+    keys = np.full(SHAPE, -2000.0, np.float32)
+    keys[..., 4:] = 0.0
+    keys[..., 0] = 0.0
+    for channel in (1, 2, 3):  # a token each that spans the channel's range
+        keys[:, :, 2 + channel, channel] = 2000.0
+    step = 4000 / 255
+    middle = -2000 + 128 * step
+    keys[:, :, 0, 1:4] = middle - 0.49 * step  # decoded too high
+    keys[:, :, 1, 1:4] = middle + 0.49 * step  # decoded too low
+    keys[:, :, 1, 0] = -88.3 * 4
     values = np.ones(SHAPE, np.float32)
     values[:, :, 0] = 0.0
-    for scale in (0.0, 0.006, 0.02):
-        q = np.zeros((1, 4, 16), np.float32)
-        q[..., :4] = 1.0, scale, scale, -scale
-        inputs = tuple(map(jnp.asarray, (q, keys, values)))
-        out, record = certify(*inputs, LOOSE)
-        assert (exact_error(out, *inputs, [48]) <= f64(record.e_total)).all()
+    q = np.zeros((1, 4, 16), np.float32)
+    q[..., 0], q[..., 1:4] = 1.0, 3.25
+    inputs = tuple(map(jnp.asarray, (q, keys, values)))
+    out, record = certify(*inputs, LOOSE)
+    error = exact_error(out, *inputs, [48])
+    assert (error > 1e-24).all() and (np.asarray(record.delta_max) > 18).all()
+    assert (error <= f64(record.e_total)).all()
 
 
 def test_output_whose_square_overflows_is_held_to_its_tolerance():
