@@ -20,6 +20,7 @@ from certjax import (
 B, H, N, D = 2, 3, 96, 32
 POLICY = Policy.budget(0.05, sink_tokens=16, recent_tokens=32, centre="zero")
 BARE = Policy.paper()
+PLANES = Policy.budget(0.05, codec="planes", sink_tokens=16, recent_tokens=32, centre="zero")
 
 
 def kv(dtype=jnp.float16, n=N, batch=B):
@@ -53,7 +54,7 @@ def assert_same(a, b):
 
 @pytest.mark.smoke
 @settings(max_examples=12)
-@given(st.tuples(st.integers(1, 60), st.integers(1, 60)), st.integers(0, 36), st.sampled_from([POLICY, BARE]))
+@given(st.tuples(st.integers(1, 60), st.integers(1, 60)), st.integers(0, 36), st.sampled_from([POLICY, BARE, PLANES]))
 def test_append_equals_prefill_to_the_bit(start, steps, policy):
     keys, values = kv()
     whole = build(keys, values, jnp.asarray([n + steps for n in start]), policy)
@@ -119,24 +120,27 @@ def test_byte_report_agrees_with_the_arrays():
     assert cache.nbytes() == {name: sum(x.nbytes for x in leaves) for name, leaves in by_leaf.items()}
 
 
+def shapes_of(policy, d):
+    """A cache of 1,600 tokens of one KV head, shapes only."""
+    x = jax.ShapeDtypeStruct((1, 1, 1600, d), jnp.float16)
+    return jax.eval_shape(lambda k, v: TieredKVCache.from_prefill(k, v, policy, capacity=1600), x, x)
+
+
 @pytest.mark.parametrize("metadata, expected", [("float32", 288), ("float16", 256)])
 def test_tier1_takes_the_bytes_a_token_that_the_format_promises(metadata, expected):
     """At d=128, B=16, g=16: codes and metadata as documented, plus 6 bytes of annotations a token and 8 a block."""
-    x = jnp.ones((1, 1, 1600, 128), jnp.float16)
-    policy = Policy.paper(key_metadata=metadata)
-    cache = TieredKVCache.from_prefill(x, x, policy, capacity=1600)
-    codes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache.codes)) - cache.codes.k_reach.nbytes
+    cache = shapes_of(Policy.paper(key_metadata=metadata), 128)
+    codes = host.nbytes(*jax.tree.leaves(cache.codes)) - host.nbytes(cache.codes.k_reach)
     assert codes / 1600 == expected
-    annotations = cache.nbytes()["tier1"] - codes - cache.centres.keys.nbytes - cache.centres.values.nbytes
+    annotations = cache.nbytes()["tier1"] - codes - host.nbytes(*jax.tree.leaves(cache.centres))
     assert annotations / 1600 == 6 + 8 / 16
 
 
 @pytest.mark.parametrize("d, most", [(64, 156), (128, 300)])
 def test_planes_stay_within_their_bytes_a_token(d, most):
     """Twelve-bit keys and six-bit values, scales and annotations included, as `docs/formats.md` promises."""
-    x = jnp.ones((1, 1, 1600, d), jnp.float16)
-    cache = TieredKVCache.from_prefill(x, x, Policy.budget(codec="planes"), capacity=1600)
-    held = cache.nbytes()["tier1"] - cache.centres.keys.nbytes - cache.centres.values.nbytes
+    cache = shapes_of(Policy.budget(codec="planes"), d)
+    held = cache.nbytes()["tier1"] - host.nbytes(*jax.tree.leaves(cache.centres))
     assert held / 1600 == d * 18 / 8 + 4 + 6 + 6 / 16
     assert held / 1600 <= most
 

@@ -10,7 +10,7 @@ from tests import soundness
 
 
 @pytest.mark.parametrize("policy", adv.POLICIES.values(), ids=adv.POLICIES)
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(
     seed=st.integers(0, 2**32 - 1),
     key_family=st.sampled_from(sorted(adv.FAMILIES)),

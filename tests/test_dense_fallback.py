@@ -1,0 +1,43 @@
+"""Dense fallback and the dense mode are one function: equal to the bit on a CPU, under XLA's full optimization."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from certjax import Policy, dense_attention
+from pallas_kernels.dense.reference import dense_reference
+from tests import problems
+from tests.problems import certify
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("shape", [(1, 1, 1, 48, 16), (1, 3, 3, 2304, 64), (3, 4, 2, 1040, 80), (2, 2, 4, 512, 128)])
+def test_dense_fallback_equals_the_dense_mode_to_the_bit(shape):
+    b, h, g, n, d = shape
+    a, c, e = jax.random.split(jax.random.key(1), 3)
+    keys, values = (jax.random.normal(x, (b, h, n, d), jnp.float16) for x in (a, c))
+    q = jax.random.normal(e, (b, h * g, d)) * 2
+    lengths = jnp.asarray([n - 3 - 7 * r for r in range(b)])
+    impossible = Policy.budget(1e-30, "absolute", group_size=16)
+    cache = problems.build(keys, values, lengths, impossible)
+    out, record = certify(q, cache, impossible)
+    assert bool((record.rung == 3).all())
+    mode = jax.jit(dense_reference)(q.reshape(b, h, g, d), keys[None], values[None], lengths)
+    np.testing.assert_array_equal(out, mode.reshape(b, h * g, d))
+    np.testing.assert_array_equal(out, jax.jit(dense_attention)(q, cache))
+
+
+def test_heads_that_fall_back_leave_the_others_as_they_were():
+    """Mixed outcome: dense heads equal the dense mode, the others the same attempt without a ladder."""
+    policy = Policy.budget(0.3, "head", max_promoted=0.02)
+    q, *_ = problems.originals()
+    cache = problems.cache(policy)
+    out, record = certify(q, cache, policy)
+    dense = np.asarray(record.rung) == 3
+    assert dense.any() and not dense.all()
+    np.testing.assert_array_equal(np.asarray(out)[dense], np.asarray(jax.jit(dense_attention)(q, cache))[dense])
+    lone, lone_record = certify(q, cache, Policy.budget(1e9, "absolute"))
+    untouched = np.asarray(record.rung) == 0
+    np.testing.assert_allclose(np.asarray(out)[untouched], np.asarray(lone)[untouched], rtol=0, atol=1e-6)
+    assert np.asarray(lone_record.rung == 0).all()
