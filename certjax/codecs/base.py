@@ -66,7 +66,7 @@ class Codec(Protocol):
 
 @flax.struct.dataclass
 class Annotations:
-    """Error annotations of tier 1 (SYSTEM of symbols in docs/bounds.md), each rounded up to bfloat16.
+    """Error annotations of tier 1 (symbols of docs/bounds.md), each rounded up to bfloat16.
 
     Attributes
     ----------
