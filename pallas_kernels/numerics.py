@@ -122,6 +122,12 @@ def norm_up(x: jax.Array) -> jax.Array:
     return (m * jnp.sqrt((scaled * scaled).sum(-1, keepdims=True)) * NORM_SLACK)[..., 0]
 
 
+def normal_or_zero(x: jax.Array) -> jax.Array:
+    """`x` (x >= 0), with 0 for what is below float32's normal range: dividing by it would overflow, and some devices
+    flush it. A quantizer's step of 0 leaves the offset alone to carry the data."""
+    return jnp.where(x.astype(jnp.float32) < jnp.finfo(jnp.float32).tiny, jnp.zeros_like(x), x)
+
+
 def representable(x: jax.Array, dtype) -> jax.Array:
     """`x` (float32) rounded to the nearest number that `dtype` holds, still in float32.
 

@@ -20,7 +20,7 @@ PROMPT = "hello 12 " * 8
 
 
 @pytest.fixture(scope="module", autouse=True)
-def isolated(tmp_path_factory):
+def isolated(tmp_path_factory, quick_compilation):
     """A cache directory of this module's own; programs compiled with little optimization, and kept where the suite
     keeps them."""
     cache = tmp_path_factory.mktemp("cache")
@@ -28,9 +28,7 @@ def isolated(tmp_path_factory):
         patch.setenv("XDG_CACHE_HOME", str(cache))
         patch.setenv("HOME", str(cache / "home"))
         patch.setattr("certjax.cli.generate.use_compilation_cache", lambda: None)
-        jax.config.update("jax_disable_most_optimizations", True)
         yield cache
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -1,24 +1,19 @@
 """Inputs at the edge of float32: found by an adversarial reading of the proofs, each was a wrong bound once."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from certjax import Policy, TieredKVCache, certified_attention
+from certjax import Policy, TieredKVCache
 from certjax.codecs import REGISTRY
 from tests.oracle import exact_error, f64
+from tests.soundness import certify
 
 LOOSE = Policy.budget(1e30, "absolute", sink_tokens=0, recent_tokens=0, centre="zero")
 PAPER = Policy.paper()
 SHAPE = (1, 2, 48, 16)
-
-
-@functools.partial(jax.jit, static_argnames="policy")
-def certify(q, keys, values, policy):
-    return certified_attention(q, TieredKVCache.from_prefill(keys, values, policy, capacity=48), policy)
+LENGTHS = jnp.asarray([48])
 
 
 def draw(key_scale, value_scale, query_scale, dtype=jnp.bfloat16):
@@ -42,8 +37,8 @@ def draw(key_scale, value_scale, query_scale, dtype=jnp.bfloat16):
 @pytest.mark.parametrize("policy", [LOOSE, PAPER], ids=["budget", "paper"])
 def test_bound_holds_where_squares_overflow_and_products_vanish(policy, scales):
     inputs = draw(*scales)
-    out, record = certify(*inputs, policy)
-    error = exact_error(out, *inputs, [48])
+    out, record = certify(*inputs, LENGTHS, policy=policy)
+    error = exact_error(out, *inputs, LENGTHS)
     assert not np.isnan(record.e_total).any()
     assert (error <= f64(record.e_total)).all()
 
@@ -66,15 +61,15 @@ def test_weight_that_underflows_next_to_a_large_perturbation_is_counted():
     q = np.zeros((1, 4, 16), np.float32)
     q[..., 0], q[..., 1:4] = 1.0, 3.25
     inputs = tuple(map(jnp.asarray, (q, keys, values)))
-    out, record = certify(*inputs, LOOSE)
-    error = exact_error(out, *inputs, [48])
+    out, record = certify(*inputs, LENGTHS, policy=LOOSE)
+    error = exact_error(out, *inputs, LENGTHS)
     assert (error > 1e-24).all() and (np.asarray(record.delta_max) > 18).all()
     assert (error <= f64(record.e_total)).all()
 
 
 def test_output_whose_square_overflows_is_held_to_its_tolerance():
     policy = Policy.budget(1e-4, "head", sink_tokens=0, recent_tokens=0)
-    out, record = certify(*draw(1.0, 1e25, 1.0), policy)
+    out, record = certify(*draw(1.0, 1e25, 1.0), LENGTHS, policy=policy)
     np.testing.assert_allclose(record.tolerance, 1e-4 * np.linalg.norm(f64(out), axis=-1), rtol=1e-5)
     assert np.asarray((record.e_total <= record.tolerance) | (record.rung >= 3)).all()
     assert np.asarray(record.canary_ok).all()

@@ -66,7 +66,7 @@ class Int8Int4:
         low, high = keys.min(-2), keys.max(-2)  # [..., d]
         # Halves first: max - min of bfloat16 originals may exceed float32. Halving is exact, so that no contraction of
         # operations can make two evaluations of sigma (stored, fingerprinted) differ.
-        sigma = _round_to_normal(_saturate((0.5 * high - 0.5 * low) / 127.5, meta))
+        sigma = num.normal_or_zero(_saturate((0.5 * high - 0.5 * low) / 127.5, meta))
         # A constant channel has sigma = 0 and is carried by z alone, which must then be exact.
         zero = _saturate(jnp.where(sigma == 0, low, low + 128 * sigma.astype(jnp.float32)), meta)
         step, offset = sigma.astype(jnp.float32)[..., None, :], zero.astype(jnp.float32)[..., None, :]
@@ -93,7 +93,7 @@ class Int8Int4:
         *lead, d = values.shape
         grouped = values.reshape(*lead, d // self.group_size, self.group_size)
         low, high = grouped.min(-1), grouped.max(-1)
-        scale = _round_to_normal(_saturate((0.5 * high - 0.5 * low) / 7.5, jnp.float16))
+        scale = num.normal_or_zero(_saturate((0.5 * high - 0.5 * low) / 7.5, jnp.float16))
         zero = _saturate(low, jnp.float16)
         step, offset = scale.astype(jnp.float32)[..., None], zero.astype(jnp.float32)[..., None]
         ratio = (grouped - offset) / jnp.where(step == 0, 1.0, step)
@@ -145,9 +145,3 @@ def _saturate(x: jax.Array, dtype) -> jax.Array:
     finite measured error, an infinite one would take the layer down."""
     top = float(jnp.finfo(dtype).max)
     return num.cast(jnp.clip(x, -top, top), dtype)
-
-
-def _round_to_normal(x: jax.Array) -> jax.Array:
-    """Steps below float32's normal range become 0 (the offset alone then carries the block): dividing by
-    them would overflow, and some devices flush them."""
-    return jnp.where(x.astype(jnp.float32) < jnp.finfo(jnp.float32).tiny, jnp.zeros_like(x), x)

@@ -101,11 +101,8 @@ def _quantize(y: jax.Array, widths: tuple[int, ...]) -> tuple[tuple[jax.Array, .
     if any(d * w % 8 for w in widths):
         raise InvalidArgumentError(f"head dim {d} does not fill whole bytes of planes {widths}; choose wider planes.")
     half = 2 ** (bits - 1)
-    scale = num.round_up_bf16(jnp.abs(y).max(-1) / half)
-    # Cells below float32's normal range would overflow the division: such a token is its centre.
+    scale = num.normal_or_zero(num.round_up_bf16(jnp.abs(y).max(-1) / half))  # 0: the token is its centre
     step = scale.astype(jnp.float32)
-    step = jnp.where(step >= jnp.finfo(jnp.float32).tiny, step, 0.0)
-    scale = jnp.where(step == 0, jnp.zeros_like(scale), scale)
     cell = jnp.floor(y / jnp.where(step == 0, 1.0, step)[..., None])
     codes = (jnp.clip(cell, -half, half - 1) + half).astype(jnp.int32)
     planes, left = [], bits
