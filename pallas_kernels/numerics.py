@@ -135,10 +135,9 @@ def representable(x: jax.Array, dtype) -> jax.Array:
     back (`xla_allow_excess_precision`, on by default): what was measured on a value that never was rounded would
     not hold for the value that was stored.
     """
-    dtype = jnp.dtype(dtype)
-    if dtype == jnp.float32:
+    dtype, info = jnp.dtype(dtype), jnp.finfo(dtype)
+    if info.nmant >= jnp.finfo(jnp.float32).nmant:  # float32 or wider: holds every float32
         return x
-    info = jnp.finfo(dtype)
     rounded = lax.reduce_precision(x, info.nexp, info.nmant)
     if dtype != jnp.float16:  # bfloat16 shares float32's exponents, and its subnormals with float32
         return rounded
