@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import lax
 
 from certjax import attempt as att
-from certjax import checks, ladder, select
+from certjax import checks, ladder, reading, select, terms
 from certjax.cache import TieredKVCache
 from certjax.certificate import Certificate
+from certjax.costs import read_costs
 from certjax.errors import InvalidArgumentError
 from certjax.policy import Policy
 from pallas_kernels import numerics as num
 from pallas_kernels.attend.reference import block_log_mass
 from pallas_kernels.dense.reference import dense_heads
 from pallas_kernels.promote.reference import promoted_scores, promoted_values
+
+ROUNDS = 2
+"""Plans a budget policy makes before it goes dense: the first on estimates, the second on what came of it."""
 
 
 def certified_attention(
@@ -50,34 +55,20 @@ def certified_attention(
         If the originals are missing or not in host memory.
     """
     cache.require_tier2()
-    groups = _grouped(q, cache)
-    problem = att.build(groups, cache)
-    first = att.quantized(problem, policy)
-
-    plan = _plan(policy, problem, first)
-    explored = _explored(policy, problem, cache)
-
-    def promote(_):
-        return _promoted(policy, problem, cache, plan, explored)
-
-    def keep(_):
-        ok = jnp.ones(first.e_total.shape, bool)
-        return first, att.Checks(ranking=ok, boundary=ok, canary=ok, pages=jnp.zeros(explored.shape, bool))
-
-    if policy.kind == "paper":  # at least k_min blocks are always promoted: no branch to take
-        candidate, passed = promote(None)
-    else:
-        candidate, passed = lax.cond(plan.any | explored.any(), promote, keep, None)
-
-    sound = _preconditions(policy, problem, cache, candidate)
+    problem = reading.build(_grouped(q, cache), cache)
+    attempt = {"paper": _by_mass, "budget": _within_budget, "observe": _as_stored}[policy.kind]
+    plan, candidate, passed = attempt(policy, problem, cache)
+    sound = _preconditions(policy, problem, cache, candidate, passed)
     out, certificate = ladder.climb(policy, problem, cache, plan, candidate, passed, sound)
     return _flat(out), jax.tree.map(lambda x: x.reshape(x.shape[0], -1), certificate)
 
 
 def naive_attention(q: jax.Array, cache: TieredKVCache) -> jax.Array:
     """Attention over tier 1 and the windows alone, nothing checked: `[batch, Hq, d]` float32."""
-    problem = att.build(_grouped(q, cache), cache)
-    return _flat(att.unchecked(problem))
+    problem = reading.build(_grouped(q, cache), cache)
+    keys = reading.read_keys(problem, cache, cache.codec.key_levels - 1)
+    values = reading.read_values(problem, cache, cache.codec.value_levels)
+    return _flat(att.unchecked(problem, cache, keys, values))
 
 
 def dense_attention(q: jax.Array, cache: TieredKVCache) -> jax.Array:
@@ -97,18 +88,79 @@ def dense_attention(q: jax.Array, cache: TieredKVCache) -> jax.Array:
     return _flat(dense_heads(groups, originals, cache.length, wanted, jnp.zeros(groups.shape))[0])
 
 
-def _plan(policy: Policy, problem: att.Problem, first: att.Attempt) -> select.Plan:
-    if policy.kind == "paper":
-        return select.paper_plan(policy, first.mass, problem.eta_max, problem.active)
-    tolerance = ladder.absolute_tolerance(policy, first.out)
-    key_terms, value_terms = att.block_terms(problem, first)
-    exceeds = ~(first.e_total <= tolerance)
-    return select.budget_plan(
-        policy, key_terms, value_terms, first.e_arith, exceeds, tolerance, problem.active
-    )
+def _finest(problem: reading.Problem, cache: TieredKVCache):
+    """Tier 1 as precise as it is stored: keys, values, and the plan that reads them so."""
+    levels = cache.codec.key_levels - 1, cache.codec.value_levels
+    keys, values = reading.read_keys(problem, cache, levels[0]), reading.read_values(problem, cache, levels[1])
+    return keys, values, select.tier1_plan(keys.delta_paper, *levels)
 
 
-def _explored(policy: Policy, problem: att.Problem, cache: TieredKVCache) -> jax.Array:
+def _as_stored(policy: Policy, problem: reading.Problem, cache: TieredKVCache):
+    """The observe policy: what naive attention returns, certified."""
+    keys, values, plan = _finest(problem, cache)
+    result = att.evaluate(problem, cache, keys, values, att.weights(problem, keys.scores), plan, None)
+    ok = jnp.ones(plan.give_up.shape, bool)
+    finite = _scores_finite(problem, keys)
+    return plan, result, att.Checks(ok, ok, ok, finite, jnp.zeros(problem.nu.shape[:-1], bool))
+
+
+def _by_mass(policy: Policy, problem: reading.Problem, cache: TieredKVCache):
+    """The paper policy: promotion by the masses that tier 1 gives."""
+    keys, values, tier1 = _finest(problem, cache)
+    w = att.weights(problem, keys.scores)
+    mass = (w.tier1 / w.total[..., None, None]).sum(-1)
+    plan = select.paper_plan(policy, tier1, mass, values.eta_max, problem.active)
+    return plan, *_attend(policy, problem, cache, plan, keys, values)
+
+
+@struct.dataclass
+class _Round:
+    """What the rounds of a budget policy carry."""
+
+    n: jax.Array  # [] int32
+    plan: select.Plan
+    candidate: att.Attempt
+    passed: att.Checks
+    need: jax.Array  # [b, Hkv, G] bool, heads above their tolerance that have not given up
+
+
+def _within_budget(policy: Policy, problem: reading.Problem, cache: TieredKVCache):
+    """The budget policy: read as little as the tolerance allows, and more where that was not enough."""
+    costs = read_costs(cache)
+    coarse = reading.read_keys(problem, cache, 0)
+    seen = terms.scan(problem, coarse, att.weights(problem, coarse.scores))
+    # The terms of values do not depend on how an attempt went; those of keys follow its distance from the centre.
+    value_terms = terms.value_terms(problem, cache, seen, skip=policy.skip_values)
+
+    def attend(plan, tolerance, offset, e_arith) -> tuple[select.Plan, att.Attempt, att.Checks]:
+        key_terms = terms.key_terms(problem, cache, seen, offset)
+        allowed = policy.margin * tolerance - e_arith
+        more = select.budget_plan(policy, costs, key_terms, value_terms, allowed, problem.active)
+        plan = select.further(plan, more)
+        keys = lax.cond(
+            (plan.key_level > 0).any(), lambda: reading.read_keys(problem, cache, plan.key_level), lambda: coarse
+        )
+        values = reading.read_values(problem, cache, plan.value_level)
+        return plan, *_attend(policy, problem, cache, plan, keys, values)
+
+    def again(state: _Round) -> _Round:
+        tried = state.candidate
+        first = state.n == 0
+        tolerance = ladder.absolute_tolerance(policy, jnp.where(first, seen.out, tried.out))
+        offset = jnp.where(first, seen.offset, tried.offset)
+        plan, candidate, passed = attend(state.plan, tolerance, offset, jnp.where(first, 0.0, tried.e_arith))
+        over = ~(candidate.e_total <= ladder.absolute_tolerance(policy, candidate.out))
+        return _Round(n=state.n + 1, plan=plan, candidate=candidate, passed=passed, need=over & ~plan.give_up)
+
+    nothing = select.tier1_plan(seen.delta_max, 0, 0)
+    unknown = jax.eval_shape(attend, nothing, seen.offset, seen.offset, seen.offset)[1:]
+    candidate, passed = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), unknown)
+    start = _Round(jnp.int32(0), nothing, candidate, passed, jnp.ones(seen.offset.shape, bool))
+    final = lax.while_loop(lambda s: (s.n < ROUNDS) & s.need.any(), again, start)
+    return final.plan, final.candidate, final.passed
+
+
+def _explored(policy: Policy, problem: reading.Problem, cache: TieredKVCache) -> jax.Array:
     """Blocks the canary reads although nobody needs them: `[b, Hkv, NB]` bool, other ones every step."""
     shape = problem.nu.shape[:-1]
     if policy.exploration == 0:
@@ -118,9 +170,11 @@ def _explored(policy: Policy, problem: att.Problem, cache: TieredKVCache) -> jax
     return jax.random.bernoulli(key, policy.exploration, shape) & problem.active[:, :, 0]
 
 
-def _promoted(policy, problem: att.Problem, cache: TieredKVCache, plan: select.Plan, explored: jax.Array):
-    """Attend again with the planned originals, and run the checks that their reading makes possible."""
-    size = cache.block_size
+def _attend(policy: Policy, problem: reading.Problem, cache: TieredKVCache, plan: select.Plan,
+            keys: reading.Keys, values: reading.Values) -> tuple[att.Attempt, att.Checks]:  # fmt: skip
+    """Attend with the originals that the plan asks for, and run the checks that their reading makes possible."""
+    size, d = cache.block_size, cache.head_dim
+    explored = _explored(policy, problem, cache)
 
     def keys_of(row, head, block):
         return cache.page_in_keys(row, head, block * size, size)
@@ -128,33 +182,42 @@ def _promoted(policy, problem: att.Problem, cache: TieredKVCache, plan: select.P
     def values_of(row, head, block):
         return cache.page_in_values(row, head, block * size, size)
 
+    def decoded(row, head, block):
+        y = lax.dynamic_slice(values.y, (row, head, block * size, 0), (1, 1, size, d))[0, 0]
+        if values.relative is None:
+            return y
+        return cache.codec.from_basis(y) + jnp.where(values.relative[row, head, block], problem.centre[row, head], 0.0)
+
     pages = plan.keys.any(2) | explored
-    exact = promoted_scores(problem.q, problem.scores, pages, keys_of)
-    weights = att.weights(problem, jnp.where(plan.keys[..., None], exact, problem.scores))
-    summed, residual = promoted_values(weights.tier1, plan.values, problem.v_hat, values_of)
-    result = att.evaluate(problem, policy, weights, plan, summed)
+    exact = promoted_scores(problem.q, keys.scores, pages, keys_of)
+    w = att.weights(problem, jnp.where(plan.keys[..., None], exact, keys.scores))
+    summed, residual = promoted_values(w.tier1, plan.values, d, decoded, values_of)
+    result = att.evaluate(problem, cache, keys, values, w, plan, summed)
 
     ok = jnp.ones(plan.give_up.shape, bool)
     ranking = boundary = canary = ok
     if policy.ranking_depth:
-        before, after = block_log_mass(problem.scores), block_log_mass(exact)
+        before, after = block_log_mass(keys.scores), block_log_mass(exact)
         ranking = checks.ranking_ok(before, after, plan.keys, policy.ranking_depth)
         boundary = checks.boundary_ok(
-            before, problem.delta.max(-1), after, plan.keys, problem.active,
-            policy.ranking_depth, policy.eps_guard,
-        )  # fmt: skip
+            before, keys.delta.max(-1), after, plan.keys, problem.active, policy.ranking_depth, policy.eps_guard
+        )
     if policy.canary:
-        canary = checks.scores_consistent(problem.scores, exact, problem.delta, problem.eps, pages)
-        canary &= checks.values_consistent(residual, problem.eta)[:, :, None]
-    return result, att.Checks(ranking=ranking, boundary=boundary, canary=canary, pages=pages)
+        canary = checks.scores_consistent(keys.scores, exact, keys.delta, problem.eps, pages)
+        canary &= checks.values_consistent(residual, values.eta)[:, :, None]
+    return result, att.Checks(ranking, boundary, canary, _scores_finite(problem, keys), pages)
 
 
-def _preconditions(policy, problem: att.Problem, cache: TieredKVCache, candidate: att.Attempt) -> jax.Array:
+def _scores_finite(problem: reading.Problem, keys: reading.Keys) -> jax.Array:
+    """P3 of what was read: `[b, Hkv, G]` bool."""
+    finite = jnp.where(problem.active[..., None], jnp.isfinite(keys.scores), True).all((-2, -1))
+    return finite & ~jnp.isnan(keys.delta).any((-2, -1))
+
+
+def _preconditions(policy, problem: reading.Problem, cache: TieredKVCache, candidate, passed) -> jax.Array:
     """P1 and P3 (P2 shows as a non-finite annotation, hence bound): `[b, Hkv]` bool."""
-    finite = jnp.where(problem.active[..., None], jnp.isfinite(problem.scores), True).all((-2, -1))
-    finite &= jnp.where(problem.window_live[:, None, None], jnp.isfinite(problem.window_scores), True).all(-1)
-    finite &= jnp.isfinite(candidate.out).all(-1) & ~jnp.isnan(problem.delta).any((-2, -1))
-    sound = finite.all(-1)
+    window = jnp.where(problem.window_live[:, None, None], jnp.isfinite(problem.window_scores), True).all(-1)
+    sound = (window & passed.finite & jnp.isfinite(candidate.out).all(-1)).all(-1)
     return sound & checks.fingerprints_ok(cache, policy.scrub) if policy.scrub else sound
 
 

@@ -19,8 +19,9 @@ from flax import struct
 from jax import lax
 
 from certjax import host
-from certjax.codecs import Annotations, Centres, Codec, annotate, fingerprint
+from certjax.codecs import Annotations, Codec, Doubt, HeadStats, annotate, fingerprint
 from certjax.codecs.base import Codes
+from certjax.codecs.notes import Shares
 from certjax.errors import ContextLengthError, InvalidArgumentError, MissingTier2Error
 from certjax.policy import Policy
 from pallas_kernels import numerics as num
@@ -38,7 +39,7 @@ class TieredKVCache:
     sink_values: jax.Array
     ring_keys: jax.Array  # [b, Hkv, R*B, d]
     ring_values: jax.Array
-    centres: Centres  # [b, Hkv, d] float32
+    stats: HeadStats  # [b, Hkv, d] and [b, Hkv] float32
     host_keys: jax.Array | None  # [b, Hkv, N, d]
     host_values: jax.Array | None
     length: jax.Array  # [b] int32, tokens held
@@ -68,11 +69,21 @@ class TieredKVCache:
         """d."""
         return self.ring_keys.shape[-1]
 
+    @property
+    def note_form(self) -> str:
+        """How annotations are stored: "bfloat16" or "byte"."""
+        return "byte" if isinstance(self.notes.nu, Shares) else "bfloat16"
+
+    @property
+    def spectral(self) -> bool:
+        """Whether blocks carry spectral norms of their residuals."""
+        return self.notes.sigma_k is not None
+
     def nbytes(self) -> dict[str, int]:
         """Bytes of the arrays, tier by tier: `tier1` (codes, metadata, annotations), `windows`, `tier2`."""
         windows = (self.sink_keys, self.sink_values, self.ring_keys, self.ring_values)
         return {
-            "tier1": host.nbytes(*jax.tree.leaves((self.codes, self.notes, self.centres))),
+            "tier1": host.nbytes(*jax.tree.leaves((self.codes, self.notes, self.stats))),
             "windows": host.nbytes(*windows),
             "tier2": host.nbytes(self.host_keys, self.host_values),
         }
@@ -142,9 +153,9 @@ class TieredKVCache:
         memory); `page_in` adds the layer's index to what it reads."""
         stacked = (
             self.codes, self.notes, self.sink_keys, self.sink_values,
-            self.ring_keys, self.ring_values, self.centres,
+            self.ring_keys, self.ring_values, self.stats,
         )  # fmt: skip
-        names = ("codes", "notes", "sink_keys", "sink_values", "ring_keys", "ring_values", "centres")
+        names = ("codes", "notes", "sink_keys", "sink_values", "ring_keys", "ring_values", "stats")
         leaves = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, layer, 0, keepdims=False), stacked)
         return self.replace(**dict(zip(names, leaves, strict=True)), layer=layer)
 
@@ -214,8 +225,10 @@ class TieredKVCache:
         closes = room & (offset == size - 1)
 
         def close(stored):
-            centres = jax.tree.map(lambda c: _take(c, (*at, row), 0, 0, c.shape[-2]), self.centres)
-            encoded = _encode_blocks(self.codec, k_block[:, None], v_block[:, None], centres)  # [Hkv, 1, ...]
+            stats = jax.tree.map(lambda x: _take(x, (*at, row), 0, 0, k.shape[0]), self.stats)
+            encoded = _encode_blocks(
+                self.codec, k_block[:, None], v_block[:, None], stats, form=self.note_form, spectral=self.spectral
+            )  # [Hkv, 1, ...]
             return jax.tree.map(lambda x, e: _put(x, e, (*at, row), 1, block), stored, encoded)
 
         # 15 steps of 16 close nothing and skip the encoding.
@@ -303,12 +316,12 @@ def _check_originals(keys: jax.Array, values: jax.Array) -> None:
         )
 
 
-def _encode_blocks(codec: Codec, keys, values, centres, doubt=None) -> tuple[Codes, Annotations]:
-    """`keys`, `values`: [..., NB, B, d] originals; `centres`: [..., d]; `doubt`: see `annotate`."""
+def _encode_blocks(codec: Codec, keys, values, stats, doubt=None, **options) -> tuple[Codes, Annotations]:
+    """`keys`, `values`: [..., NB, B, d] originals; the rest as for `annotate`."""
     # Rounded (again): where the caller's cast to the originals' dtype is in the same program, XLA may have dropped it.
     k, v = (num.representable(x.astype(jnp.float32), x.dtype) for x in (keys, values))
-    codes = codec.encode(k, v, centres)
-    return codes, annotate(codec, k, v, centres, codes, doubt)
+    codes = codec.encode(k, v, stats)
+    return codes, annotate(codec, k, v, stats, codes, doubt, **options)
 
 
 def _prompt_centre(policy: Policy, x: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -339,11 +352,13 @@ def _encode_prompt(keys, values, length, policy: Policy, n_blocks: int):
 
     key_centre, key_doubt = _prompt_centre(policy, keys, length)
     value_centre, value_doubt = _prompt_centre(policy, values, length)
-    centres, doubt = Centres(keys=key_centre, values=value_centre), Centres(keys=key_doubt, values=value_doubt)
+    peaks = [jnp.abs(x).max((-2, -1)).astype(jnp.float32) for x in (keys, values)]
+    stats = HeadStats(key_centre=key_centre, value_centre=value_centre, key_peak=peaks[0], value_peak=peaks[1])
     blocked = (b, h, n_blocks, size, d)
     codes, notes = _encode_blocks(
-        policy.make_codec(), keys.reshape(blocked), values.reshape(blocked), centres, doubt
-    )
+        policy.make_codec(), keys.reshape(blocked), values.reshape(blocked), stats,
+        Doubt(key_centre=key_doubt, value_centre=value_doubt), form=policy.annotations, spectral=policy.spectral,
+    )  # fmt: skip
     closed = jnp.arange(n_blocks) < (length // size)[:, None, None]  # [b, 1, NB]
 
     def only_closed(x):
@@ -357,7 +372,7 @@ def _encode_prompt(keys, values, length, policy: Policy, n_blocks: int):
         sink_values=_head_of(values, policy.sink_tokens),
         ring_keys=ring[0],
         ring_values=ring[1],
-        centres=centres,
+        stats=stats,
     )
     return leaves, (keys, values)
 

@@ -33,11 +33,20 @@ class Certificate:
         Largest score perturbation Delta_t left.
     k_star, n_value_promoted
         Blocks whose keys / values were replaced by originals.
+    n_key_refined, n_value_refined
+        Blocks of tier 1 read beyond their coarsest precision (the rung between "nothing promoted" and promotion from
+        the host); shared by the query heads of a KV head.
+    n_value_skipped
+        Blocks whose values were not read at all, the centre standing for them.
     rung
         0 nothing promoted, 1 key blocks promoted beyond the base set, 2 value blocks promoted, 3 dense (this
         head), 4 dense (whole layer, a check failed).
     ranking_ok, boundary_ok, canary_ok, precondition_ok
         Outcomes of the checks; `precondition_ok` joins P1 (fingerprints) and P3 (finite scores and bounds).
+    bytes_read
+        Read on the device by the plan, charged once per KV head to its first query head: tier 1 at the chosen
+        precisions with its annotations, the windows, the share of tier 1 whose fingerprints were checked. What a kernel
+        that follows the plan reads; the XLA path decodes whole planes and selects.
     bytes_paged_in
         Read from tier 2, charged once per KV head to the first query head that asked.
     out_norm
@@ -63,15 +72,22 @@ class Certificate:
     delta_max: jax.Array
     k_star: jax.Array
     n_value_promoted: jax.Array
+    n_key_refined: jax.Array
+    n_value_refined: jax.Array
+    n_value_skipped: jax.Array
     rung: jax.Array
     ranking_ok: jax.Array
     boundary_ok: jax.Array
     canary_ok: jax.Array
     precondition_ok: jax.Array
+    bytes_read: jax.Array
     bytes_paged_in: jax.Array
 
 
-_COUNTS = ("k_star", "n_value_promoted", "rung", "bytes_paged_in")
+_COUNTS = (
+    "k_star", "n_value_promoted", "n_key_refined", "n_value_refined", "n_value_skipped", "rung", "bytes_read",
+    "bytes_paged_in",
+)  # fmt: skip
 
 
 def empty_certificate(shape: tuple[int, ...]) -> Certificate:

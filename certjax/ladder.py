@@ -1,6 +1,6 @@
 """Rungs 3 and 4: which heads fall back to dense attention over the originals, and what is returned.
 
-Rungs 1 and 2 (promotion of key and value blocks) are in the plan; this file climbs the rest.
+Refinement of tier 1 and rungs 1 and 2 (promotion of key and value blocks) are in the plan; this file climbs the rest.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from certjax.attempt import Attempt, Checks, Problem
+from certjax.attempt import Attempt, Checks
 from certjax.cache import TieredKVCache
 from certjax.certificate import Certificate
+from certjax.costs import read_costs
 from certjax.policy import Policy
-from certjax.select import Plan
+from certjax.reading import Problem
+from certjax.select import Plan, plan_bytes
 from pallas_kernels import numerics as num
 from pallas_kernels.dense.reference import Originals, dense_heads
 
@@ -134,16 +136,40 @@ def _certificate(
         delta_max=candidate.delta_max,
         k_star=k_star.astype(jnp.int32),
         n_value_promoted=n_values.astype(jnp.int32),
+        n_key_refined=per_head(_count(problem, plan.key_level > 0)),
+        n_value_refined=per_head(_count(problem, plan.value_level > 1)),
+        n_value_skipped=per_head(_count(problem, (plan.value_level == 0) & ~plan.values.any(2))),
         rung=rung.astype(jnp.int32),
         ranking_ok=passed.ranking,
         boundary_ok=passed.boundary,
         canary_ok=passed.canary,
         precondition_ok=per_head(sound),
-        bytes_paged_in=_bytes_read(cache, plan, passed, dense),
+        bytes_read=_bytes_read(policy, problem, cache, plan),
+        bytes_paged_in=_bytes_paged_in(cache, plan, passed, dense),
     )
 
 
-def _bytes_read(cache: TieredKVCache, plan: Plan, passed: Checks, dense: jax.Array) -> jax.Array:
+def _count(problem: Problem, blocks: jax.Array) -> jax.Array:
+    """Blocks of tier 1 among `[b, Hkv, NB]`: `[b, Hkv]` int32."""
+    return (blocks & problem.active[:, :, 0]).sum(-1).astype(jnp.int32)
+
+
+def _bytes_read(policy: Policy, problem: Problem, cache: TieredKVCache, plan: Plan) -> jax.Array:
+    """Bytes read on the device for a KV head, charged to its first query head: `[b, Hkv, G]` int32."""
+    tier1 = plan_bytes(read_costs(cache), plan, problem.active)
+    token = 2 * cache.head_dim * cache.ring_keys.dtype.itemsize
+    windows = problem.window_live.sum(-1) * token  # [b]
+    scrubbed = -(-cache.n_blocks // policy.scrub) * _stored_bytes_of_a_block(cache) if policy.scrub else 0
+    per_kv_head = (tier1 + windows[:, None] + scrubbed).astype(jnp.int32)
+    return jnp.zeros(plan.give_up.shape, jnp.int32).at[:, :, 0].set(per_kv_head)
+
+
+def _stored_bytes_of_a_block(cache: TieredKVCache) -> int:
+    n = cache.notes.checksum.size
+    return sum(x.size // n * x.dtype.itemsize for x in jax.tree.leaves((cache.codes, cache.notes)))
+
+
+def _bytes_paged_in(cache: TieredKVCache, plan: Plan, passed: Checks, dense: jax.Array) -> jax.Array:
     """Bytes read from tier 2, each charged once, to the first query head of the group that asked."""
     token = cache.head_dim * cache.host_keys.dtype.itemsize
     block = cache.block_size * token

@@ -18,18 +18,26 @@ def _require(ok: bool, message: str) -> None:
 class Policy:
     """How tier 1 is stored, what is promoted, and when a head falls back to dense attention.
 
-    Use the presets: `Policy.paper()` and `Policy.budget(...)`, each taking any field as an override.
+    Use the presets `Policy.paper()`, `Policy.budget(...)` and `Policy.observe()`, each taking any field as an override.
 
     Attributes
     ----------
     kind
-        Selection policy: "paper" (promote by mass) or "budget" (promote until a tolerance is met).
+        Selection policy: "paper" (promote by mass), "budget" (read what a tolerance asks for) or "observe" (tier 1 as
+        it is, certified, whatever the bound).
     codec, block_size
-        Tier-1 format ("int8_int4", the paper's, or "planes"), and `B`.
+        Tier-1 format (a name of `certjax.codecs.REGISTRY`), and `B`.
     group_size, key_metadata
-        `int8_int4`: `g`, and the dtype of key scales and offsets.
-    key_planes, value_planes
-        `planes`: widths in bits of the planes that hold a code.
+        `int8_int4` and its relatives: `g` (None: the format's own), and the dtype of key scales and offsets.
+    key_planes, value_planes, refine, rotate
+        `planes`: widths in bits of the planes that hold a code; whether they can be read one by one; whether vectors
+        are turned before they are quantized.
+    fp8_scale
+        `fp8_e4m3`: one scale a "tensor" or a "head".
+    annotations
+        "bfloat16" or "byte" a token and annotation.
+    spectral
+        Keep spectral norms of the blocks' residuals, and take the tighter bound that they allow.
     centre
         Per KV head, what `planes` subtracts from keys and values, and `c` in `nu_t = ||v_t - c||`: "zero", or
         "mean" of the prompt.
@@ -39,6 +47,8 @@ class Policy:
         Budget policy: largest certified error of a returned head that is not dense, as a fraction of the
         norm of the layer's concatenated head outputs over sqrt(Hq) ("layer"), of the head's own output
         ("head"), or as it is ("absolute").
+    skip_values
+        Budget policy: blocks may do without their values, their centre standing for them, where the bound allows.
     margin
         The plan aims at `margin * tolerance`, because masses move when original keys replace codes.
     max_promoted
@@ -55,18 +65,24 @@ class Policy:
         Every block's fingerprint (P1) is verified once in `scrub` steps; 1 is every step, 0 is never.
     """
 
-    kind: Literal["paper", "budget"]
+    kind: Literal["paper", "budget", "observe"]
     codec: str = "int8_int4"
     block_size: int = 16
-    group_size: int = 16
+    group_size: int | None = None
     key_metadata: Literal["float32", "float16"] = "float32"
     key_planes: tuple[int, ...] = (8, 4)
     value_planes: tuple[int, ...] = (4, 2)
+    refine: bool = True
+    rotate: bool = True
+    fp8_scale: Literal["tensor", "head"] = "tensor"
+    annotations: Literal["bfloat16", "byte"] = "bfloat16"
+    spectral: bool = False
     centre: Literal["zero", "mean"] = "zero"
     sink_tokens: int = 0
     recent_tokens: int = 0
     tolerance: float | None = None
     relative_to: Literal["layer", "head", "absolute"] = "layer"
+    skip_values: bool = False
     margin: float = 0.9
     max_promoted: float = 0.5
     tau_cov: float = 0.995
@@ -92,13 +108,29 @@ class Policy:
         cls, tolerance: float = 0.05, relative_to: Literal["layer", "head", "absolute"] = "layer", **overrides
     ) -> Policy:
         """Certified error of every returned head at most `tolerance`, or the head is dense."""
+        preset = {"kind": "budget", "tolerance": tolerance, "relative_to": relative_to, "skip_values": True}
+        return cls(**{**cls._best_format(overrides), **preset, **overrides})
+
+    @classmethod
+    def observe(cls, **overrides) -> Policy:
+        """Tier 1 and the windows, nothing promoted, no tolerance: naive attention with a certificate."""
+        return cls(**{**cls._best_format(overrides), "kind": "observe", **overrides})
+
+    @classmethod
+    def _best_format(cls, overrides: dict) -> dict:
+        """The format and windows of the presets that are our own (docs/formats.md says why)."""
         block = max(overrides.get("block_size", cls.block_size), 1)  # what is below 1 is refused with its own message
         sink, recent = (-(-n // block) * block for n in (16, 128))
-        preset = dict(sink_tokens=sink, recent_tokens=recent, ranking_depth=0, centre="mean")
-        return cls(**{"kind": "budget", **preset, "tolerance": tolerance, "relative_to": relative_to, **overrides})
+        return {
+            "codec": "planes", "annotations": "byte", "spectral": True, "centre": "mean", "sink_tokens": sink,
+            "recent_tokens": recent, "ranking_depth": 0, "scrub": 64,
+        }  # fmt: skip
 
     def __post_init__(self):
-        _require(self.kind in ("paper", "budget"), f"kind must be 'paper' or 'budget', got {self.kind!r}.")
+        _require(
+            self.kind in ("paper", "budget", "observe"),
+            f"kind must be 'paper', 'budget' or 'observe', got {self.kind!r}.",
+        )
         self.make_codec()
         _require(self.block_size >= 1, f"block_size must be at least 1, got {self.block_size}.")
         _require(self.centre in ("zero", "mean"), f"centre must be 'zero' or 'mean', got {self.centre!r}.")
@@ -116,8 +148,12 @@ class Policy:
         else:
             _require(
                 self.tolerance is None,
-                "the paper policy enforces no tolerance; drop `tolerance` or use Policy.budget(...).",
+                f"the {self.kind} policy enforces no tolerance; drop `tolerance` or use Policy.budget(...).",
             )
+        _require(
+            self.annotations in ("bfloat16", "byte"),
+            f"annotations must be 'bfloat16' or 'byte', got {self.annotations!r}.",
+        )
         _require(
             self.relative_to in ("layer", "head", "absolute"),
             f"relative_to must be 'layer', 'head' or 'absolute', got {self.relative_to!r}.",
@@ -148,6 +184,9 @@ class Policy:
             key_metadata=self.key_metadata,
             key_planes=self.key_planes,
             value_planes=self.value_planes,
+            refine=self.refine,
+            rotate=self.rotate,
+            fp8_scale=self.fp8_scale,
         )
 
     @property

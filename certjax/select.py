@@ -1,7 +1,7 @@
-"""Which blocks to promote: the two selection policies.
+"""Which blocks to read at which precision: the selection policies.
 
-Both see one tier-1 pass and return a `Plan`; neither touches the cache. A head whose plan would cost more
-than dense attention gives up at once.
+All see one tier-1 pass and return a `Plan`; none touches the cache. A head whose plan would cost more than dense
+attention gives up at once.
 """
 
 from __future__ import annotations
@@ -11,29 +11,48 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
+from certjax.costs import ReadCosts, bytes_of
 from certjax.policy import Policy
+
+BISECTIONS = 24
+"""Steps of the search for the price of a byte, over 2^-60 ... 2^60: enough for a price within 10^-5."""
 
 
 @struct.dataclass
 class Plan:
-    """What to read from tier 2. Leaves `[b, Hkv, G, NB]` bool, `[b, Hkv, G]` bool."""
+    """What to read, and from where. Leaves `[b, Hkv, G, NB]` bool and `[b, Hkv, G]` bool unless noted."""
 
+    key_level: jax.Array  # [b, Hkv, NB] int32, precision of tier-1 keys
+    value_level: jax.Array  # [b, Hkv, NB] int32, 0 the centre alone
     keys: jax.Array  # blocks to attend with original keys (set F)
     values: jax.Array  # blocks to attend with original values (set W)
-    raised: jax.Array  # rung 1: key blocks beyond the base set
+    raised: jax.Array  # rung 1: key blocks promoted beyond the base set
     give_up: jax.Array  # dense at once
 
-    @property
-    def any(self) -> jax.Array:
-        """Whether any block of any head is to be read: `[]` bool."""
-        return self.keys.any() | self.values.any()
+
+def tier1_plan(mass: jax.Array, key_level: int, value_level: int) -> Plan:
+    """Tier 1 at one precision throughout, nothing promoted. `mass`: [b, Hkv, G, NB], for its shape."""
+    b, n_heads, group, n_blocks = mass.shape
+    none = jnp.zeros(mass.shape, bool)
+    return Plan(
+        key_level=jnp.full((b, n_heads, n_blocks), key_level, jnp.int32),
+        value_level=jnp.full((b, n_heads, n_blocks), value_level, jnp.int32),
+        keys=none,
+        values=none,
+        raised=none[..., 0],
+        give_up=none[..., 0],
+    )
 
 
-def paper_plan(policy: Policy, mass: jax.Array, eta_max: jax.Array, active: jax.Array) -> Plan:
+def paper_plan(
+    policy: Policy, tier1: Plan, mass: jax.Array, eta_max: jax.Array, active: jax.Array
+) -> Plan:
     """Promote keys by descending mass up to a coverage, values by `p_b eta_b > v_tol`.
 
     Parameters
     ----------
+    tier1
+        The plan with nothing promoted.
     mass : `[b, Hkv, G, NB]`
         `p_b` by tier-1 scores, 0 for blocks that are not in tier 1.
     eta_max : `[b, Hkv, 1, NB]`
@@ -52,62 +71,110 @@ def paper_plan(policy: Policy, mass: jax.Array, eta_max: jax.Array, active: jax.
     tail = jnp.where(rank >= base[..., None], jnp.maximum(mass, 0.0), 0.0).sum(-1)
     raised = (tail > policy.rung1_threshold) & (base < n_active)
     k = jnp.where(raised, jnp.ceil(base * policy.rung1_multiplier).astype(base.dtype), base)
-    return Plan(
-        keys=(rank < k[..., None]) & active,
-        values=(mass * eta_max > policy.v_tol) & active,
-        raised=raised,
-        give_up=jnp.zeros(raised.shape, bool),
+    return tier1.replace(
+        keys=(rank < k[..., None]) & active, values=(mass * eta_max > policy.v_tol) & active, raised=raised
     )
 
 
 def budget_plan(
     policy: Policy,
-    key_terms: jax.Array,
-    value_terms: jax.Array,
-    e_arith: jax.Array,
-    exceeds: jax.Array,
-    tolerance: jax.Array,
+    costs: ReadCosts,
+    key_terms: list[jax.Array],
+    value_terms: list[jax.Array],
+    allowed: jax.Array,
     active: jax.Array,
 ) -> Plan:
-    """Promote in descending contribution to the bound until what is left fits the tolerance.
+    """Read as few bytes as make the estimated bound of every head of a KV head fit.
+
+    Every block takes the precisions that minimize `term + price * bytes`, and the price is the highest at which
+    what is left fits all heads of the group: terms count in shares of what a head is allowed, the worst head's.
 
     Parameters
     ----------
-    key_terms, value_terms : `[b, Hkv, G, NB]`
-        What each block adds to E_key and to E_val.
-    e_arith, tolerance : `[b, Hkv, G]`
-        Arithmetic part of the bound, which no promotion removes, and the absolute tolerance.
-    exceeds : `[b, Hkv, G]` bool
-        Heads that need anything at all.
+    key_terms, value_terms : `[b, Hkv, G, NB]` each
+        What each block adds to the bound, one array a precision as in `ReadCosts`, the last with originals.
+    allowed : `[b, Hkv, G]`
+        What the terms of a head may add up to. A head with nothing to spend gives up.
     active : `[b, 1, 1, NB]` bool
         Blocks read from tier 1.
     """
-    n_blocks = key_terms.shape[-1]
-    terms = jnp.concatenate([key_terms, value_terms], -1)
-    terms = jnp.where(jnp.concatenate([active, active], -1), terms, 0.0)
-    allowed = policy.margin * tolerance - e_arith
-    chosen = _largest_until(terms, allowed) & (terms > 0)
-    give_up = exceeds & (~(allowed > 0) | (chosen.sum(-1) > policy.max_promoted * 2 * active.sum(-1)))
-    chosen = chosen & (exceeds & ~give_up)[..., None]
-    keys, values = chosen[..., :n_blocks], chosen[..., n_blocks:]
-    return Plan(keys=keys, values=values, raised=keys.any(-1), give_up=give_up)
+    hopeless = ~(allowed > 0)
+    budget = jnp.where(hopeless, jnp.inf, allowed)[..., None]
+    keys, values = ([t / budget for t in terms] for terms in (key_terms, value_terms))
+    unit = costs.keys[-1]
+    key_bytes, value_bytes = ([n / unit for n in table] for table in (costs.keys, costs.values))
+    worst_key, worst_value = ([t.max(2) for t in terms] for terms in (keys, values))  # [b, Hkv, NB]
+
+    def choose(price):
+        price = jnp.exp2(price)[..., None]
+        return _cheapest(worst_key, key_bytes, price), _cheapest(worst_value, value_bytes, price)
+
+    def halve(_, bracket):
+        low, high = bracket
+        price = 0.5 * (low + high)
+        k, v = choose(price)
+        left = (_at(keys, k[:, :, None]) + _at(values, v[:, :, None])).sum(-1)  # [b, Hkv, G]
+        fits = (left <= 1).all(-1)
+        return jnp.where(fits, price, low), jnp.where(fits, high, price)
+
+    shape = allowed.shape[:2]
+    low, _ = lax.fori_loop(0, BISECTIONS, halve, (jnp.full(shape, -60.0), jnp.full(shape, 60.0)))
+    k, v = choose(low)
+    read = active[:, :, 0]
+    promoted_k, promoted_v = (k == len(keys) - 1) & read, (v == len(values) - 1) & read
+    n_promoted = promoted_k.sum(-1) + promoted_v.sum(-1)
+    costly = n_promoted > policy.max_promoted * 2 * read.sum(-1)
+    give_up = hopeless.any(-1) | costly  # [b, Hkv]: dense attention reads for all heads of the group
+    keep = (read & ~give_up[..., None])[:, :, None]
+    shape = (*allowed.shape, read.shape[-1])
+    promoted = [jnp.broadcast_to(x[:, :, None] & keep, shape) for x in (promoted_k, promoted_v)]
+    return Plan(
+        key_level=jnp.where(promoted_k | ~read, 0, k),
+        value_level=jnp.where(promoted_v | ~read, 0, v),
+        keys=promoted[0],
+        values=promoted[1],
+        raised=promoted[0].any(-1),
+        give_up=jnp.broadcast_to(give_up[..., None], allowed.shape),
+    )
 
 
-def _largest_until(terms: jax.Array, allowed: jax.Array) -> jax.Array:
-    """The largest terms, so many that the sum of the others is at most `allowed`. [..., n], [...] -> bool.
+def further(plan: Plan, more: Plan) -> Plan:
+    """The finer of two plans, block by block: what was read once stays read."""
+    keys, values = plan.keys | more.keys, plan.values | more.values
+    return Plan(
+        key_level=jnp.where(keys.any(2), 0, jnp.maximum(plan.key_level, more.key_level)),
+        value_level=jnp.where(values.any(2), 0, jnp.maximum(plan.value_level, more.value_level)),
+        keys=keys,
+        values=values,
+        raised=keys.any(-1),
+        give_up=plan.give_up | more.give_up,
+    )
 
-    Equal terms go together, NaN counts as largest. A bisection on bit patterns (non-negative floats order as
-    their bits do) that is exact after 31 steps, and several times cheaper than a sort on every back end.
-    """
-    bits = lax.bitcast_convert_type(terms.astype(jnp.float32), jnp.int32)
 
-    def halve(i, threshold):
-        higher = threshold + (jnp.int32(1) << (30 - i))
-        left = jnp.where(bits < higher[..., None], terms, 0.0).sum(-1)
-        return jnp.where(left <= allowed, higher, threshold)
+def plan_bytes(costs: ReadCosts, plan: Plan, active: jax.Array) -> jax.Array:
+    """Bytes of tier 1 that a plan reads for a KV head: `[b, Hkv]` int32. `active`: [b, 1, 1, NB]."""
+    # Values of a block that every head of the group replaces by originals are not read.
+    value_level = jnp.where(plan.values.all(2), 0, plan.value_level)
+    per_block = costs.always + bytes_of(costs.keys, plan.key_level) + bytes_of(costs.values, value_level)
+    return jnp.where(active[:, :, 0], per_block, 0).sum(-1)
 
-    threshold = lax.fori_loop(0, 31, halve, jnp.zeros(terms.shape[:-1], jnp.int32))
-    return bits >= threshold[..., None]
+
+def _cheapest(terms: list[jax.Array], cost: list[float], price: jax.Array) -> jax.Array:
+    """Index of the least `term + price * cost`, the first where two are equal: int32."""
+    best, index = terms[0] + price * cost[0], jnp.zeros(terms[0].shape, jnp.int32)
+    for i in range(1, len(terms)):
+        total = terms[i] + price * cost[i]
+        better = total < best
+        best, index = jnp.where(better, total, best), jnp.where(better, i, index)
+    return index
+
+
+def _at(terms: list[jax.Array], index: jax.Array) -> jax.Array:
+    """`terms[index]`, element by element."""
+    picked = terms[0]
+    for i in range(1, len(terms)):
+        picked = jnp.where(index == i, terms[i], picked)
+    return picked
 
 
 def _descending(x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -85,18 +85,31 @@ DATA_SCALES = (1e-6, 1e-2, 1.0, 30.0)
 
 DTYPES = {"float16": jnp.float16, "bfloat16": jnp.bfloat16}
 
+PLAIN = dict(codec="int8_int4", annotations="bfloat16", spectral=False, skip_values=False)
+"""The paper's format under the budget policy, without what is our own."""
+
 POLICIES = {
     "paper": Policy.paper(),
     "paper_fp16_metadata": Policy.paper(key_metadata="float16", centre="mean", ranking_depth=3, exploration=0.1),
     "paper_clamped": Policy.paper(k_min=1, k_max=2, rung1_multiplier=1.0, v_tol=1e9, ranking_depth=0),
-    "budget": Policy.budget(0.05, sink_tokens=16, recent_tokens=16),
-    "budget_loose": Policy.budget(100.0, sink_tokens=0, recent_tokens=0, centre="zero"),
-    "budget_head": Policy.budget(0.2, "head", sink_tokens=16, recent_tokens=0, group_size=8, max_promoted=1.0),
-    "planes": Policy.budget(0.02, codec="planes", sink_tokens=16, recent_tokens=16),
-    "planes_loose": Policy.budget(
-        100.0, codec="planes", key_planes=(8,), value_planes=(2,), sink_tokens=0, recent_tokens=0, centre="mean"
+    "paper_planes": Policy.paper(codec="planes", k_max=3, annotations="byte", spectral=True, key_planes=(4, 4)),
+    "budget": Policy.budget(0.05, sink_tokens=16, recent_tokens=16, **PLAIN),
+    "budget_loose": Policy.budget(100.0, sink_tokens=0, recent_tokens=0, **{**PLAIN, "centre": "zero"}),
+    "budget_head": Policy.budget(
+        0.2, "head", sink_tokens=16, recent_tokens=0, group_size=8, max_promoted=1.0, codec="int8_int4"
     ),
-    "budget_absolute": Policy.budget(0.3, "absolute", sink_tokens=0, recent_tokens=32, key_metadata="float16"),
+    "budget_absolute": Policy.budget(
+        0.3, "absolute", sink_tokens=0, recent_tokens=32, codec="int8_int4", key_metadata="float16", scrub=4
+    ),
+    "planes": Policy.budget(0.02, sink_tokens=16, recent_tokens=16),
+    "planes_loose": Policy.budget(100.0, key_planes=(8,), value_planes=(2,), sink_tokens=0, recent_tokens=0),
+    "planes_fine": Policy.budget(0.1, key_planes=(4, 4, 4), value_planes=(2, 2, 2), sink_tokens=0, recent_tokens=0),
+    "planes_whole": Policy.observe(key_planes=(8, 2), value_planes=(4,), refine=False, sink_tokens=0, recent_tokens=0),
+    "fp8": Policy.budget(0.2, codec="fp8_e4m3", sink_tokens=0, recent_tokens=16, fp8_scale="head"),
+    "fp8_tensor": Policy.observe(codec="fp8_e4m3", sink_tokens=0, recent_tokens=0),
+    "kivi_int4": Policy.budget(0.3, codec="kivi_int4", sink_tokens=0, recent_tokens=16, max_promoted=1.0),
+    "kivi_int2": Policy.observe(codec="kivi_int2", sink_tokens=0, recent_tokens=0),
+    "int8_int8": Policy.budget(0.05, codec="int8_int8", sink_tokens=0, recent_tokens=16, annotations="bfloat16"),
 }
 
 

@@ -6,7 +6,6 @@ Derivation: docs/bounds.md, section 4. All arrays are `[b, Hkv, G]`.
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels.attend.reference import Sums
 
@@ -19,15 +18,3 @@ def e_val(sums: Sums) -> jax.Array:
 def e_key(sums: Sums, offset: jax.Array) -> jax.Array:
     """`E_key = (1/L-) sum_t p'_t (e^Delta_t - 1)(nu_t + h)` with `h = ||c - O^|| + E_val` given as `offset`."""
     return (sums.grown_nu + sums.grown * offset) / sums.l_minus
-
-
-def block_terms(
-    p: jax.Array, delta: jax.Array, nu: jax.Array, eta: jax.Array, sums: Sums, offset: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """What each block adds to E_key and to E_val: the marginal gain of promoting it.
-
-    `p`, `delta`, `eta`: [b, Hkv, G, NB, B]; `nu`: [b, Hkv, NB, B]; returns two `[b, Hkv, G, NB]`.
-    """
-    x = nu[:, :, None] + offset[..., None, None]
-    key = (p * jnp.expm1(delta) * x).sum(-1) / sums.l_minus[..., None]
-    return key, (p * eta).sum(-1)

@@ -2,19 +2,20 @@
 
 A code of `b` bits is the index of the cell of a uniform grid that holds the number, decoded to the cell's middle:
 dropping the low plane leaves the code of a coarser grid with the same range. All the bytes that the paper's
-format spends on scales and offsets become bits of codes (docs/bounds.md, section 2).
+format spends on scales and offsets become bits of codes (docs/formats.md).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from certjax.codecs.base import Centres
-from certjax.codecs.rotation import rotate, rounding, unrotate
+from certjax.codecs import packing, rotation
+from certjax.codecs.base import Doubt, HeadStats, Level
 from certjax.errors import InvalidArgumentError
 from pallas_kernels import numerics as num
 
@@ -33,17 +34,29 @@ class PlanesCodes:
 
 @dataclasses.dataclass(frozen=True)
 class Planes:
-    """The codec. `key_planes` and `value_planes` are the widths in bits, each 1, 2, 4 or 8.
+    """The codec.
+
+    Attributes
+    ----------
+    key_planes, value_planes
+        Widths in bits, most significant first, each 1, 2, 4 or 8, at most 16 in all.
+    refine
+        Whether the codes can be read plane by plane, each precision with annotations of its own, or only whole.
+    rotate
+        Whether vectors are turned before they are quantized.
 
     Raises
     ------
     InvalidArgumentError
-        On other widths, or more than 16 bits in all.
+        On other widths.
     """
 
     key_planes: tuple[int, ...] = (8, 4)
     value_planes: tuple[int, ...] = (4, 2)
+    refine: bool = True
+    rotate: bool = True
     name: str = dataclasses.field(default="planes", init=False)
+    centred = True
 
     def __post_init__(self):
         for name in ("key_planes", "value_planes"):
@@ -53,31 +66,63 @@ class Planes:
                     f"{name} must be widths out of {WIDTHS} that add up to at most 16, got {widths}."
                 )
 
-    def encode(self, keys: jax.Array, values: jax.Array, centres: Centres) -> PlanesCodes:
-        k_planes, k_scale = _quantize(rotate(keys - _of_blocks(centres.keys)), self.key_planes)
-        v_planes, v_scale = _quantize(rotate(values - _of_blocks(centres.values)), self.value_planes)
+    @property
+    def key_levels(self) -> int:
+        return len(self.key_planes) if self.refine else 1
+
+    @property
+    def value_levels(self) -> int:
+        return len(self.value_planes) if self.refine else 1
+
+    def encode(self, keys: jax.Array, values: jax.Array, stats: HeadStats) -> PlanesCodes:
+        k_planes, k_scale = _quantize(self.to_basis(keys - _of_blocks(stats.key_centre)), self.key_planes)
+        v_planes, v_scale = _quantize(self.to_basis(values - _of_blocks(stats.value_centre)), self.value_planes)
         return PlanesCodes(k_planes=k_planes, k_scale=k_scale, v_planes=v_planes, v_scale=v_scale)
 
-    def decode_keys(self, codes: PlanesCodes, centres: Centres) -> jax.Array:
-        return unrotate(_dequantize(codes.k_planes, codes.k_scale, self.key_planes)) + _of_blocks(centres.keys)
+    def keys(self, codes: PlanesCodes, level: Level) -> jax.Array:
+        return self._dequantize(codes.k_planes, codes.k_scale, self.key_planes, level)
 
-    def decode_values(self, codes: PlanesCodes, centres: Centres) -> jax.Array:
-        return unrotate(_dequantize(codes.v_planes, codes.v_scale, self.value_planes)) + _of_blocks(centres.values)
+    def values(self, codes: PlanesCodes, level: Level) -> jax.Array:
+        return self._dequantize(codes.v_planes, codes.v_scale, self.value_planes, level)
 
-    def decode_slack(
-        self, codes: PlanesCodes, centres: Centres, doubt: Centres
-    ) -> tuple[jax.Array, jax.Array]:
-        """Twice the rounding of `unrotate` and of the addition of the centre, and the doubt of the centre."""
+    def _dequantize(self, planes, scale: jax.Array, widths: tuple[int, ...], level: Level) -> jax.Array:
+        """The middle of each cell, `(code - 2^(b-1) + cell/2) scale`, in a grid of `cell` finest steps."""
+        bits = sum(widths)
+        left = [bits - used for used in itertools.accumulate(widths)]
+        cells = [2.0**n for n in left] if self.refine else [1.0]
+        per_block = not isinstance(level, int)
+        codes = jnp.int32(0)
+        for i, (plane, width, n) in enumerate(zip(planes, widths, left, strict=True)):
+            part = packing.unpack(plane, width) << n
+            if i and self.refine:
+                if not per_block and i > level:
+                    break
+                part = jnp.where(level[..., None, None] >= i, part, 0) if per_block else part
+            codes = codes + part
+        half = 0.5 * (jnp.asarray(cells, jnp.float32)[level][..., None, None] if per_block else cells[level])
+        middle = codes.astype(jnp.float32) - (2.0 ** (bits - 1) - half)
+        return middle * scale.astype(jnp.float32)[..., None]
 
-        def slack(planes, scale, widths, centre, doubt):
-            y = num.norm_up(_dequantize(planes, scale, widths))
-            relative = 2 * (rounding(_head_dim(planes, widths)) + num.gamma(3))
-            return relative * (y + num.norm_up(centre)[..., None, None]) + doubt[..., None, None]
+    def to_basis(self, x: jax.Array) -> jax.Array:
+        return rotation.rotate(x) if self.rotate else x
 
-        return (
-            slack(codes.k_planes, codes.k_scale, self.key_planes, centres.keys, doubt.keys),
-            slack(codes.v_planes, codes.v_scale, self.value_planes, centres.values, doubt.values),
-        )
+    def from_basis(self, y: jax.Array) -> jax.Array:
+        return rotation.unrotate(y) if self.rotate else y
+
+    def rounding(self, d: int) -> float:
+        return rotation.rounding(d) if self.rotate else 0.0
+
+    def key_slack(self, codes: PlanesCodes, level: int, stats: HeadStats, doubt: Doubt) -> jax.Array:
+        """Twice the rounding of a decode, and the doubt of the centre."""
+        return self._slack(self.keys(codes, level), stats.key_centre, doubt.key_centre)
+
+    def value_slack(self, codes: PlanesCodes, level: int, stats: HeadStats, doubt: Doubt) -> jax.Array:
+        """Twice the rounding of a decode, and the doubt of the centre."""
+        return self._slack(self.values(codes, level), stats.value_centre, doubt.value_centre)
+
+    def _slack(self, y: jax.Array, centre: jax.Array, doubt: jax.Array) -> jax.Array:
+        relative = 2 * (self.rounding(y.shape[-1]) + num.gamma(3))
+        return relative * (num.norm_up(y) + num.norm_up(centre)[..., None, None]) + doubt[..., None, None]
 
     def channel_bound(self, abs_q: jax.Array, codes: PlanesCodes) -> None:
         return None
@@ -85,14 +130,20 @@ class Planes:
     def paper_step_norm(self, codes: PlanesCodes) -> None:
         return None
 
+    def key_bytes(self, size: int, d: int) -> tuple[int, ...]:
+        return self._bytes(self.key_planes, size, d)
+
+    def value_bytes(self, size: int, d: int) -> tuple[int, ...]:
+        return self._bytes(self.value_planes, size, d)
+
+    def _bytes(self, widths: tuple[int, ...], size: int, d: int) -> tuple[int, ...]:
+        by_plane = tuple(size * (d * bits // 8 + 2) for bits in itertools.accumulate(widths))
+        return by_plane if self.refine else by_plane[-1:]
+
 
 def _of_blocks(centre: jax.Array) -> jax.Array:
     """`[..., d]` of a KV head, for its blocks: `[..., 1, 1, d]`."""
     return centre[..., None, None, :]
-
-
-def _head_dim(planes: tuple[jax.Array, ...], widths: tuple[int, ...]) -> int:
-    return planes[0].shape[-1] * 8 // widths[0]
 
 
 def _quantize(y: jax.Array, widths: tuple[int, ...]) -> tuple[tuple[jax.Array, ...], jax.Array]:
@@ -108,28 +159,5 @@ def _quantize(y: jax.Array, widths: tuple[int, ...]) -> tuple[tuple[jax.Array, .
     planes, left = [], bits
     for width in widths:
         left -= width
-        planes.append(_pack((codes >> left) & (2**width - 1), width))
+        planes.append(packing.pack((codes >> left) & (2**width - 1), width))
     return tuple(planes), scale
-
-
-def _dequantize(planes: tuple[jax.Array, ...], scale: jax.Array, widths: tuple[int, ...]) -> jax.Array:
-    """The middle of each cell: `(code - 2^(b-1) + 1/2) scale`, exact in float32."""
-    codes = jnp.int32(0)
-    for plane, width in zip(planes, widths, strict=True):
-        codes = (codes << width) | _unpack(plane, width)
-    middle = codes.astype(jnp.float32) - (2.0 ** (sum(widths) - 1) - 0.5)
-    return middle * scale.astype(jnp.float32)[..., None]
-
-
-def _pack(codes: jax.Array, width: int) -> jax.Array:
-    """`8/width` codes a byte: [..., d] -> [..., d width/8] uint8. Channel c is in byte c mod (d width/8)."""
-    slots = codes.reshape(*codes.shape[:-1], 8 // width, -1)
-    shifts = jnp.arange(8 // width, dtype=jnp.int32)[:, None] * width
-    return (slots << shifts).sum(-2).astype(jnp.uint8)
-
-
-def _unpack(plane: jax.Array, width: int) -> jax.Array:
-    """The inverse of `_pack`: int32."""
-    shifts = jnp.arange(8 // width, dtype=jnp.int32)[:, None] * width
-    slots = (plane[..., None, :].astype(jnp.int32) >> shifts) & (2**width - 1)
-    return slots.reshape(*plane.shape[:-1], -1)

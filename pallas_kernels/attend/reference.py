@@ -5,6 +5,8 @@ The `jnp` twin of the fused kernels: it reads like the formulas of docs/bounds.m
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -59,17 +61,25 @@ def attend_reference(
     eta: jax.Array,  # [b, Hkv, G, NB, B] eta_t, 0 where the original value is used
     nu: jax.Array,  # [b, Hkv, NB, B]
     window_nu: jax.Array,  # [b, Hkv, Nw]
-    v_hat: jax.Array,  # [b, Hkv, N, d] float32
+    y: jax.Array,  # [b, Hkv, N, d] float32, decoded values in the codec's basis
     window_values: jax.Array,  # [b, Hkv, Nw, d] float32
+    from_basis: Callable[[jax.Array], jax.Array] | None = None,  # None: y is in the originals' basis
+    centre: jax.Array | None = None,  # [b, Hkv, d] added where `relative`
+    relative: jax.Array | None = None,  # [b, Hkv, NB] bool
     quantized: jax.Array | None = None,  # [b, Hkv, G, NB] blocks whose v^ is used; None is all
     promoted_values: jax.Array | None = None,  # [b, Hkv, G, d] sum of w v over the other blocks
 ) -> Attended:
-    """`out = sum p' v^`, and the sums of docs/bounds.md."""
+    """`out = sum p' v^` with `v^ = R^T y + c`, and the sums of docs/bounds.md."""
     p = w.tier1 / w.total[..., None, None]
     pw = w.window / w.total[..., None]
 
     w1 = w.tier1 if quantized is None else jnp.where(quantized[..., None], w.tier1, 0.0)
-    acc = num.weighted_sum(_flat(w1), v_hat) + num.weighted_sum(w.window, window_values)
+    acc = num.weighted_sum(_flat(w1), y)
+    acc = acc if from_basis is None else from_basis(acc)
+    if centre is not None:
+        share = num.sum_tokens(_flat(jnp.where(relative[:, :, None, :, None], w1, 0.0)))
+        acc = acc + share[..., None] * centre[:, :, None]
+    acc = acc + num.weighted_sum(w.window, window_values)
     if promoted_values is not None:
         acc = acc + promoted_values
 

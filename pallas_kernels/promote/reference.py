@@ -35,13 +35,13 @@ def promoted_scores(
 def promoted_values(
     w: jax.Array,  # [b, Hkv, G, NB, B] softmax numerators
     promoted: jax.Array,  # [b, Hkv, G, NB] bool
-    v_hat: jax.Array,  # [b, Hkv, N, d] float32
+    d: int,
+    decoded: PageIn,  # what tier 1 says of the block
     page_in_values: PageIn,
 ) -> tuple[jax.Array, jax.Array]:
     """`sum w v` over promoted blocks `[b, Hkv, G, d]`, and `||v_t - v^_t||` of the tokens read
     `[b, Hkv, NB, B]` (0 elsewhere), for the canary."""
     b, n_heads, group, n_blocks, size = w.shape
-    d = v_hat.shape[-1]
     w = jnp.where(promoted[..., None], w, 0.0)
 
     def visit(row, head, block, carry):
@@ -50,8 +50,7 @@ def promoted_values(
         w_block = lax.dynamic_slice(w, (row, head, 0, block, 0), (1, 1, group, 1, size))[0, 0, :, 0]
         old = lax.dynamic_slice(acc, (row, head, 0, 0), (1, 1, group, d))
         new = old + jnp.einsum("gt,td->gd", w_block, v, precision=lax.Precision.HIGHEST)
-        seen = lax.dynamic_slice(v_hat, (row, head, block * size, 0), (1, 1, size, d))[0, 0]
-        r = num.norm_up(v - seen)
+        r = num.norm_up(v - decoded(row, head, block))
         return (
             lax.dynamic_update_slice(acc, new, (row, head, 0, 0)),
             lax.dynamic_update_slice(residual, r[None, None, None], (row, head, block, 0)),
