@@ -152,7 +152,7 @@ def _within_budget(policy: Policy, problem: reading.Problem, cache: TieredKVCach
         over = ~(candidate.e_total <= ladder.absolute_tolerance(policy, candidate.out))
         return _Round(n=state.n + 1, plan=plan, candidate=candidate, passed=passed, need=over & ~plan.give_up)
 
-    nothing = select.tier1_plan(seen.delta_max, 0, 0)
+    nothing = select.tier1_plan(coarse.delta_paper, 0, 0)
     unknown = jax.eval_shape(attend, nothing, seen.offset, seen.offset, seen.offset)[1:]
     candidate, passed = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), unknown)
     start = _Round(jnp.int32(0), nothing, candidate, passed, jnp.ones(seen.offset.shape, bool))

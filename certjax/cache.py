@@ -352,11 +352,13 @@ def _encode_prompt(keys, values, length, policy: Policy, n_blocks: int):
 
     key_centre, key_doubt = _prompt_centre(policy, keys, length)
     value_centre, value_doubt = _prompt_centre(policy, values, length)
-    peaks = [jnp.abs(x).max((-2, -1)).astype(jnp.float32) for x in (keys, values)]
+    codec, peaks = policy.make_codec(), (None, None)
+    if codec.scaled:
+        peaks = [jnp.abs(x).max((-2, -1)).astype(jnp.float32) for x in (keys, values)]
     stats = HeadStats(key_centre=key_centre, value_centre=value_centre, key_peak=peaks[0], value_peak=peaks[1])
     blocked = (b, h, n_blocks, size, d)
     codes, notes = _encode_blocks(
-        policy.make_codec(), keys.reshape(blocked), values.reshape(blocked), stats,
+        codec, keys.reshape(blocked), values.reshape(blocked), stats,
         Doubt(key_centre=key_doubt, value_centre=value_doubt), form=policy.annotations, spectral=policy.spectral,
     )  # fmt: skip
     closed = jnp.arange(n_blocks) < (length // size)[:, None, None]  # [b, 1, NB]

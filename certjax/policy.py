@@ -49,6 +49,8 @@ class Policy:
         ("head"), or as it is ("absolute").
     skip_values
         Budget policy: blocks may do without their values, their centre standing for them, where the bound allows.
+    host_price
+        What a byte from the host costs in selection, in bytes of device memory.
     margin
         The plan aims at `margin * tolerance`, because masses move when original keys replace codes.
     max_promoted
@@ -83,7 +85,8 @@ class Policy:
     tolerance: float | None = None
     relative_to: Literal["layer", "head", "absolute"] = "layer"
     skip_values: bool = False
-    margin: float = 0.9
+    host_price: float = 8.0
+    margin: float = 0.96
     max_promoted: float = 0.5
     tau_cov: float = 0.995
     k_min: int = 2
@@ -123,7 +126,7 @@ class Policy:
         sink, recent = (-(-n // block) * block for n in (16, 128))
         return {
             "codec": "planes", "annotations": "byte", "spectral": True, "centre": "mean", "sink_tokens": sink,
-            "recent_tokens": recent, "ranking_depth": 0, "scrub": 64,
+            "recent_tokens": recent, "ranking_depth": 0, "scrub": 128,
         }  # fmt: skip
 
     def __post_init__(self):
@@ -168,6 +171,7 @@ class Policy:
         for name in ("v_tol", "rung1_threshold", "eps_guard", "seed"):
             x = getattr(self, name)
             _require(x >= 0, f"{name} must be non-negative, got {x}.")
+        _require(self.host_price > 0, f"host_price must be positive, got {self.host_price}.")
         _require(self.rung1_multiplier >= 1, f"rung1_multiplier must be at least 1, got {self.rung1_multiplier}.")
         _require(self.ranking_depth >= 0, f"ranking_depth must be non-negative, got {self.ranking_depth}.")
         _require(0 <= self.exploration <= 1, f"exploration must be in [0, 1], got {self.exploration}.")

@@ -91,6 +91,10 @@ def _certificate_summary(generation: Generation) -> dict[str, Any]:
         "e_total_candidate_over_layer_norm": _quantiles(of("e_total_candidate") / scale[keep]),
         "key_blocks_promoted_mean": float(of("k_star").mean()),
         "value_blocks_promoted_mean": float(of("n_value_promoted").mean()),
+        "key_blocks_refined_mean": float(of("n_key_refined").mean()),
+        "value_blocks_refined_mean": float(of("n_value_refined").mean()),
+        "value_blocks_skipped_mean": float(of("n_value_skipped").mean()),
+        "bytes_read_per_step": float(of("bytes_read").sum() / steps),
         "bytes_paged_in_per_step": float(of("bytes_paged_in").sum() / steps),
         "checks_failed": {
             name: int((~of(f"{name}_ok")).sum()) for name in ("ranking", "boundary", "canary", "precondition")
@@ -123,6 +127,14 @@ def _certificate_rows(c: dict[str, Any]) -> list[tuple[str, str]]:
             "promoted blocks a head",
             f"{c['key_blocks_promoted_mean']:.1f} key, {c['value_blocks_promoted_mean']:.1f} value",
         ),
-        ("paged in a step", f"{c['bytes_paged_in_per_step']:,.0f} bytes"),
+        (
+            "refined blocks a head",
+            f"{c['key_blocks_refined_mean']:.1f} key, {c['value_blocks_refined_mean']:.1f} value; "
+            f"values of {c['value_blocks_skipped_mean']:.1f} not read",
+        ),
+        (
+            "bytes a step",
+            f"{c['bytes_read_per_step']:,.0f} read on the device, {c['bytes_paged_in_per_step']:,.0f} paged in",
+        ),
         ("checks failed", ", ".join(f"{k} {v}" for k, v in c["checks_failed"].items())),
     ]

@@ -23,7 +23,7 @@ class Scan:
     """One pass over the keys at their coarsest level, with every value taken for the centre."""
 
     p: jax.Array  # [b, Hkv, G, NB, B] normalised weights
-    delta_max: jax.Array  # [b, Hkv, G, NB]
+    delta: jax.Array  # [b, Hkv, G, NB, B]
     out: jax.Array  # [b, Hkv, G, d] the windows' part, and the centre for the rest
     offset: jax.Array  # [b, Hkv, G] an estimate of ||c - O^||
 
@@ -38,7 +38,7 @@ def scan(problem: Problem, keys: Keys, w: Weights) -> Scan:
     rest = 0.5 * (p * problem.nu[:, :, None]).sum((-2, -1))
     return Scan(
         p=p,
-        delta_max=keys.delta.max(-1),
+        delta=keys.delta,
         out=from_centre + centre,
         offset=jnp.hypot(num.norm_up(from_centre), rest),
     )
@@ -46,17 +46,15 @@ def scan(problem: Problem, keys: Keys, w: Weights) -> Scan:
 
 def key_terms(problem: Problem, cache: TieredKVCache, seen: Scan, offset: jax.Array) -> list[jax.Array]:
     """What a block adds to E_key at each key level and with original keys (0): `[b, Hkv, G, NB]` each."""
-    x = problem.nu[:, :, None] + offset[..., None, None]
-    px = seen.p * x
+    px = seen.p * (problem.nu[:, :, None] + offset[..., None, None])
     mean, norm = px.sum(-1), num.norm_up(px)
-    peaks = nt.block_peak(cache.notes.kappa)  # [b, Hkv, NB, Lk]
+    coarse = (px * jnp.expm1(seen.delta)).sum(-1)
+    peaks = nt.block_peak(cache.notes.kappa)[:, :, None]  # [b, Hkv, 1, NB, Lk]
     terms = []
     for level in range(cache.codec.key_levels):
-        delta = seen.delta_max  # the coarsest level's knows the codec's channel bound
-        if level:
-            delta = spectral_coefficient(problem.q, peaks[..., level])
-        term = mean * jnp.expm1(delta)
+        term = coarse * _ratio(peaks[..., level], peaks[..., 0])
         if cache.notes.sigma_k is not None:
+            delta = seen.delta.max(-1) * _ratio(peaks[..., level], peaks[..., 0])
             coefficient = spectral_coefficient(problem.q, cache.notes.sigma_k[..., level].astype(jnp.float32))
             term = jnp.minimum(term, coefficient * norm + mean * second_order(delta))
         terms.append(term)
@@ -67,15 +65,24 @@ def value_terms(problem: Problem, cache: TieredKVCache, seen: Scan, *, skip: boo
     """What a block adds to E_val with the centre in place of its values, at each value level, and with original
     values (0): `[b, Hkv, G, NB]` each. Without `skip` the centre is out of the question."""
     mass, norm = seen.p.sum(-1), num.norm_up(seen.p)
-    peaks = nt.block_peak(cache.notes.eta)  # [b, Hkv, NB, Lv]
-    terms = [(seen.p * problem.nu[:, :, None]).sum(-1)]
-    terms += [mass * peaks[:, :, None, :, level] for level in range(cache.codec.value_levels)]
+    skipped = (seen.p * problem.nu[:, :, None]).sum(-1)
+    peak = nt.block_peak(cache.notes.nu)[:, :, None]  # [b, Hkv, 1, NB]
+    finer = nt.block_peak(cache.notes.eta)[:, :, None]  # [b, Hkv, 1, NB, Lv]
+    terms = [skipped]
+    for level in range(cache.codec.value_levels):
+        terms.append(jnp.minimum(mass * finer[..., level], skipped * _ratio(finer[..., level], peak)))
     if cache.notes.sigma_v is not None:
-        sigma = cache.notes.sigma_v.astype(jnp.float32)
-        terms = [jnp.minimum(t, norm * sigma[:, :, None, :, i]) for i, t in enumerate(terms)]
+        sigma = cache.notes.sigma_v.astype(jnp.float32)[:, :, None]
+        terms = [jnp.minimum(t, norm * sigma[..., i]) for i, t in enumerate(terms)]
     if not skip:
         terms[0] = jnp.full_like(mass, jnp.inf)
     return _settle(problem, [*terms, jnp.zeros_like(mass)])
+
+
+def _ratio(fine: jax.Array, coarse: jax.Array) -> jax.Array:
+    """How much smaller the residuals of a block are at a finer level, by their peaks: tokens are taken to shrink
+    alike."""
+    return jnp.where(coarse > 0, fine / jnp.where(coarse > 0, coarse, 1.0), 1.0)
 
 
 def _settle(problem: Problem, terms: list[jax.Array]) -> list[jax.Array]:

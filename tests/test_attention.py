@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from certjax import InvalidArgumentError, Policy, TieredKVCache, naive_attention
+from certjax import InvalidArgumentError, Policy, TieredKVCache, attention, naive_attention, reading, select, terms
 from certjax import attempt as att
-from certjax.bounds import centred
+from certjax.codecs import REGISTRY
 from tests import problems
 from tests.oracle import centred_terms, exact_attention, exact_error, f64
-from tests.problems import B, D, G, H, certify
+from tests.problems import B, D, G, H, N, certify
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -57,14 +57,73 @@ def test_dense_head_steps_report_no_quantization_error():
     assert (np.asarray(record.e_total_candidate) > 10 * np.asarray(record.e_total)).all()
 
 
-def test_loose_budget_promotes_nothing_and_equals_the_naive_output():
-    policy = Policy.budget(1e9, "absolute")
-    q, *_ = problems.originals()
+@pytest.mark.parametrize("codec", sorted(REGISTRY))
+def test_observe_returns_the_naive_output_with_a_bound_on_its_error(codec):
+    policy = Policy.observe(codec=codec)
+    q, keys, values, lengths = problems.originals()
     cache = problems.cache(policy)
     out, record = certify(q, cache, policy)
-    for name in ("rung", "k_star", "n_value_promoted", "bytes_paged_in"):
+    for name in ("rung", "k_star", "n_value_promoted", "n_value_skipped", "bytes_paged_in"):
         assert not np.asarray(getattr(record, name)).any()
     np.testing.assert_allclose(out, jax.jit(naive_attention)(q, cache), rtol=0, atol=1e-6)
+    assert (exact_error(out, q, keys, values, lengths) <= f64(record.e_total)).all()
+
+
+def test_loose_budget_reads_first_planes_and_no_values():
+    policy = Policy.budget(1e9, "absolute", scrub=0)
+    q, keys, values, lengths = problems.originals()
+    out, record = certify(q, problems.cache(policy), policy)
+    for name in ("rung", "k_star", "n_value_promoted", "n_key_refined", "n_value_refined", "bytes_paged_in"):
+        assert not np.asarray(getattr(record, name)).any()
+    assert (np.asarray(record.n_value_skipped) > 0).all()
+    assert (exact_error(out, q, keys, values, lengths) <= f64(record.e_total)).all()
+
+
+def test_refinement_comes_before_promotion():
+    """Tightening the tolerance first refines, then promotes, then goes dense; bytes read only grow."""
+    q, *_ = problems.originals()
+    records = []
+    for tolerance in (3.0, 0.5, 0.3, 0.05, 1e-4):
+        policy = Policy.budget(tolerance, host_price=1000.0, max_promoted=1.0)
+        records.append(certify(q, problems.cache(policy), policy)[1])
+
+    def total(record, *names):
+        return sum(int(getattr(record, name).sum()) for name in names)
+
+    refined = [total(r, "n_key_refined", "n_value_refined") for r in records]
+    paged = [total(r, "bytes_paged_in") for r in records]
+    read = [total(r, "bytes_read", "bytes_paged_in") for r in records]
+    assert refined[1] > refined[0] and paged[0] == paged[1] == 0 < paged[-1]
+    assert read == sorted(read)
+
+
+def test_mixture_of_levels_is_certified_for_any_choice():
+    """Every block at a precision of its own, chosen at random, promoted or not: the bound holds all the same."""
+    policy = Policy.observe(key_planes=(4, 4, 4), value_planes=(2, 2, 2), sink_tokens=0, recent_tokens=0)
+    q, keys, values, lengths = problems.originals()
+    cache = problems.cache(policy)
+
+    @jax.jit
+    def attempt(q, cache, k, v, promoted):
+        problem = reading.build(q, cache)
+        read = reading.read_keys(problem, cache, k), reading.read_values(problem, cache, v)
+        plan = select.tier1_plan(read[0].delta_paper, 0, 0).replace(
+            key_level=k, value_level=v, keys=promoted[0], values=promoted[1]
+        )
+        result, passed = attention._attend(policy, problem, cache, plan, *read)
+        return result.out, result.e_total, passed.canary
+
+    rng = np.random.default_rng(0)
+    shape = (B, H, N // 16)
+    active = np.arange(N // 16) < (np.asarray(lengths) - 1)[:, None] // 16
+    for scale in (0.1, 1.0, 10.0):
+        grouped = (q * scale).reshape(B, H, G, D)
+        for share in (0.0, 0.3, 1.0):
+            k, v = rng.integers(0, 3, shape), rng.integers(0, 4, shape)
+            promoted = (rng.random((2, B, H, G, N // 16)) < share) & active[None, :, None, None]
+            out, bound, canary = attempt(grouped, cache, jnp.asarray(k), jnp.asarray(v), jnp.asarray(promoted))
+            error = exact_error(out.reshape(B, H * G, D), q * scale, keys, values, lengths)
+            assert (error <= f64(bound).reshape(B, -1)).all() and canary.all()
 
 
 def test_promoting_everything_leaves_the_error_of_float32():
@@ -116,41 +175,56 @@ def test_sums_of_the_certificate_equal_the_formulas():
 
     @jax.jit
     def evaluate(cache):
-        problem = att.build(q.reshape(B, H, G, D), cache)
+        problem = reading.build(q.reshape(B, H, G, D), cache)
         problem = problem.replace(window_scores=jnp.full_like(problem.window_scores, -jnp.inf))
-        return problem, att.quantized(problem, policy)
+        read = reading.read_keys(problem, cache, 0), reading.read_values(problem, cache, 1)
+        plan = select.tier1_plan(read[0].delta_paper, 0, 1)
+        w = att.weights(problem, read[0].scores)
+        return problem, read, att.evaluate(problem, cache, *read, w, plan, None)
 
-    problem, attempt = evaluate(cache)
-    k_hat = cache.codec.decode_keys(cache.codes, cache.centres).reshape(B, H, -1, D)
+    problem, read, attempt = evaluate(cache)
+    k_hat = cache.codec.keys(cache.codes, 0).reshape(B, H, -1, D)
     live = slice(0, n - 1)
-    delta = problem.delta.reshape(B, H, G, -1)
-    eta, nu = (x.reshape(B, H, -1) for x in (problem.eta, problem.nu))
+    delta = read[0].delta.reshape(B, H, G, -1)
+    eta, nu = (x.reshape(B, H, -1) for x in (read[1].eta, problem.nu))
     for b in range(B):
         for h in range(H):
             want = centred_terms(
-                q.reshape(B, H, G, D)[b, h], k_hat[b, h, live], problem.v_hat[b, h, live], delta[b, h, :, live],
-                eta[b, h, live], nu[b, h, live], cache.centres.values[b, h],
+                q.reshape(B, H, G, D)[b, h], k_hat[b, h, live], read[1].y[b, h, live], delta[b, h, :, live],
+                eta[b, h, live], nu[b, h, live], cache.stats.value_centre[b, h],
             )  # fmt: skip
             np.testing.assert_allclose(attempt.out[b, h], want["out"], atol=1e-5)
-            np.testing.assert_allclose(attempt.sums.l_minus[b, h], want["l_minus"], rtol=1e-5)
             np.testing.assert_allclose(attempt.e_val[b, h], want["e_val"], rtol=1e-5)
             np.testing.assert_allclose(attempt.e_key[b, h], want["e_key"], rtol=1e-3)
 
 
-def test_block_terms_add_up_to_the_bound():
-    policy = Policy.budget(0.05)
+def test_estimated_terms_are_close_to_the_bound_they_stand_for():
+    """Selection weighs estimates per block: added up they must be near what is then certified."""
+    policy = Policy.observe(sink_tokens=0, recent_tokens=0)
     q, *_ = problems.originals()
     cache = problems.cache(policy)
 
     @jax.jit
-    def terms(cache):
-        problem = att.build(q.reshape(B, H, G, D), cache)
-        attempt = att.quantized(problem, policy)
-        return att.block_terms(problem, attempt), attempt, centred.e_val(attempt.sums)
+    def both(cache):
+        problem = reading.build(q.reshape(B, H, G, D), cache)
+        coarse = reading.read_keys(problem, cache, 0)
+        seen = terms.scan(problem, coarse, att.weights(problem, coarse.scores))
+        certified = []
+        for k, v in ((0, 0), (0, 1), (1, 2)):
+            read = reading.read_keys(problem, cache, k), reading.read_values(problem, cache, v)
+            plan = select.tier1_plan(coarse.delta_paper, k, v)
+            certified.append(att.evaluate(problem, cache, *read, att.weights(problem, read[0].scores), plan, None))
+        key = terms.key_terms(problem, cache, seen, certified[2].offset)
+        value = terms.value_terms(problem, cache, seen, skip=True)
+        return [t.sum(-1) for t in key], [t.sum(-1) for t in value], certified
 
-    (key_terms, value_terms), attempt, e_val = terms(cache)
-    np.testing.assert_allclose(key_terms.sum(-1), attempt.e_key, rtol=1e-4)
-    np.testing.assert_allclose(value_terms.sum(-1), e_val, rtol=1e-4)
+    key, value, certified = both(cache)
+    for i in range(3):
+        ratio = np.asarray(value[i]) / np.asarray(certified[i].e_val)
+        assert ratio.min() > 0.9 and ratio.max() < 1.6
+    ratio = np.asarray(key[1]) / np.asarray(certified[2].e_key)
+    assert ratio.min() > 0.7 and ratio.max() < 1.6
+    assert not np.asarray(key[-1]).any() and not np.asarray(value[-1]).any()
 
 
 @pytest.mark.parametrize("policy", [Policy.paper(), Policy.budget(0.05)], ids=["paper", "budget"])

@@ -16,11 +16,13 @@ from certjax import (
     certified_attention,
     host,
 )
+from certjax.costs import read_costs
 
 B, H, N, D = 2, 3, 96, 32
-POLICY = Policy.budget(0.05, sink_tokens=16, recent_tokens=32, centre="zero")
+POLICY = Policy.budget(0.05, codec="int8_int4", sink_tokens=16, recent_tokens=32, centre="zero")
 BARE = Policy.paper()
-PLANES = Policy.budget(0.05, codec="planes", sink_tokens=16, recent_tokens=32, centre="zero")
+PLANES = Policy.budget(0.05, sink_tokens=16, recent_tokens=32, centre="zero")
+FP8 = Policy.observe(codec="fp8_e4m3", sink_tokens=0, recent_tokens=16, centre="zero")
 
 
 def kv(dtype=jnp.float16, n=N, batch=B):
@@ -58,7 +60,13 @@ def assert_same(a, b):
 def test_append_equals_prefill_to_the_bit(start, steps, policy):
     keys, values = kv()
     whole = build(keys, values, jnp.asarray([n + steps for n in start]), policy)
-    assert_same(grown(keys, values, start, steps, policy), whole)
+    step_by_step = grown(keys, values, start, steps, policy)
+    if policy.annotations == "byte":  # measured by another program, a share may come out one step higher
+        for name in ("kappa", "eta", "nu"):
+            ours, theirs = (np.asarray(getattr(c.notes, name).share, int) for c in (step_by_step, whole))
+            assert np.abs(ours - theirs).max() <= 1
+        step_by_step, whole = (c.replace(notes=(c.notes.k_norm, c.notes.sigma_k)) for c in (step_by_step, whole))
+    assert_same(step_by_step, whole)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
@@ -113,7 +121,7 @@ def test_what_lies_beyond_a_sequence_does_not_matter():
 def test_byte_report_agrees_with_the_arrays():
     cache = build(*kv(), jnp.asarray([N, N]))
     by_leaf = {
-        "tier1": jax.tree.leaves((cache.codes, cache.notes, cache.centres)),
+        "tier1": jax.tree.leaves((cache.codes, cache.notes, cache.stats)),
         "windows": [cache.sink_keys, cache.sink_values, cache.ring_keys, cache.ring_values],
         "tier2": [cache.host_keys, cache.host_values],
     }
@@ -132,17 +140,36 @@ def test_tier1_takes_the_bytes_a_token_that_the_format_promises(metadata, expect
     cache = shapes_of(Policy.paper(key_metadata=metadata), 128)
     codes = host.nbytes(*jax.tree.leaves(cache.codes)) - host.nbytes(cache.codes.k_reach)
     assert codes / 1600 == expected
-    annotations = cache.nbytes()["tier1"] - codes - host.nbytes(*jax.tree.leaves(cache.centres))
+    annotations = cache.nbytes()["tier1"] - codes - host.nbytes(*jax.tree.leaves(cache.stats))
     assert annotations / 1600 == 6 + 8 / 16
 
 
 @pytest.mark.parametrize("d, most", [(64, 156), (128, 300)])
 def test_planes_stay_within_their_bytes_a_token(d, most):
-    """Twelve-bit keys and six-bit values, scales and annotations included, as `docs/formats.md` promises."""
-    cache = shapes_of(Policy.budget(codec="planes"), d)
-    held = cache.nbytes()["tier1"] - host.nbytes(*jax.tree.leaves(cache.centres))
-    assert held / 1600 == d * 18 / 8 + 4 + 6 + 6 / 16
+    """Twelve-bit keys and six-bit values, scales and annotations included, as `docs/formats.md` promises: a byte for
+    each of five annotations a token, and per block their peaks, five spectral norms, `k_norm` and the fingerprint."""
+    cache = shapes_of(Policy.budget(), d)
+    held = cache.nbytes()["tier1"] - host.nbytes(*jax.tree.leaves(cache.stats))
+    assert held / 1600 == d * 18 / 8 + 4 + 5 + (10 + 10 + 2 + 4) / 16
     assert held / 1600 <= most
+
+
+@pytest.mark.parametrize("d", [64, 128])
+def test_second_point_holds_less_than_half_of_the_originals(d):
+    """Ten-bit keys and four-bit values, read whole: at most 0.47 of the originals' bytes."""
+    cache = shapes_of(Policy.budget(key_planes=(8, 2), value_planes=(4,), refine=False), d)
+    held = cache.nbytes()["tier1"] - host.nbytes(*jax.tree.leaves(cache.stats))
+    assert held / 1600 <= 0.47 * 4 * d
+
+
+def test_read_costs_at_the_finest_level_are_the_bytes_that_are_held():
+    for policy in (Policy.paper(), Policy.observe(), Policy.observe(refine=False), FP8):
+        cache = shapes_of(policy, 64)
+        costs = read_costs(cache)
+        held = cache.nbytes()["tier1"] - host.nbytes(*jax.tree.leaves(cache.stats))
+        checksum = 4
+        passed_over = 16 * (cache.codec.value_levels - 1)  # bytes of eta at coarser levels than the one that is read
+        assert costs.always + costs.keys[-2] + costs.values[-2] + passed_over + checksum == held / 100, policy.codec
 
 
 def test_stacked_cache_views_equal_single_layer_caches():
@@ -153,7 +180,7 @@ def test_stacked_cache_views_equal_single_layer_caches():
     for i, (k, v) in enumerate(layers):
         view = stacked.at(jnp.int32(i))
         single = build(k, v, lengths)
-        for name in ("codes", "notes", "ring_keys", "sink_values", "centres"):
+        for name in ("codes", "notes", "ring_keys", "sink_values", "stats"):
             assert_same(getattr(view, name), getattr(single, name))
         np.testing.assert_array_equal(
             jax.jit(lambda view: view.page_in_keys(1, 2, 8, 4))(view), k[1, 2, 8:12].astype(jnp.float16)

@@ -6,11 +6,16 @@ import numpy as np
 import pytest
 
 from certjax import Policy, TieredKVCache
-from certjax.codecs import REGISTRY
+from certjax.codecs import REGISTRY, decode_keys, decode_values
+from certjax.codecs.notes import read
 from tests.oracle import exact_error, f64
 from tests.soundness import certify
 
-LOOSE = Policy.budget(1e30, "absolute", sink_tokens=0, recent_tokens=0, centre="zero")
+BARE = dict(sink_tokens=0, recent_tokens=0)
+LOOSE = Policy.budget(
+    1e30, "absolute", centre="zero", codec="int8_int4", spectral=False, skip_values=False, **BARE
+)
+FINE = Policy.observe(**BARE)
 PAPER = Policy.paper()
 SHAPE = (1, 2, 48, 16)
 LENGTHS = jnp.asarray([48])
@@ -34,7 +39,7 @@ def draw(key_scale, value_scale, query_scale, dtype=jnp.bfloat16):
         (1e19, 1e25, 1e-19),
     ],
 )
-@pytest.mark.parametrize("policy", [LOOSE, PAPER], ids=["budget", "paper"])
+@pytest.mark.parametrize("policy", [LOOSE, PAPER, FINE], ids=["budget", "paper", "planes"])
 def test_bound_holds_where_squares_overflow_and_products_vanish(policy, scales):
     inputs = draw(*scales)
     out, record = certify(*inputs, LENGTHS, policy=policy)
@@ -91,7 +96,8 @@ def test_annotations_hold_when_the_originals_are_rounded_in_the_same_program(cod
     cache = build(keys, values)
     stored = (f64(x).reshape(1, 2, 4, 16, 32) for x in (cache.host_keys, cache.host_values))
     decoded = (
-        decode(cache.codes, cache.centres) for decode in (cache.codec.decode_keys, cache.codec.decode_values)
+        decode(cache.codec, cache.codes, cache.stats, levels - 1)
+        for decode, levels in ((decode_keys, cache.codec.key_levels), (decode_values, cache.codec.value_levels))
     )
     for original, hat, note in zip(stored, decoded, (cache.notes.kappa, cache.notes.eta), strict=True):
-        assert (np.linalg.norm(original - f64(hat), axis=-1) <= f64(note)).all()
+        assert (np.linalg.norm(original - f64(hat), axis=-1) <= f64(read(note)[..., -1, :])).all()

@@ -8,14 +8,17 @@ import jax.numpy as jnp
 import pytest
 
 from certjax import InvalidArgumentError, Policy
-from certjax.codecs import Int8Int4, Planes
+from certjax.codecs.affine import Affine
+from certjax.codecs.planes import Planes
 
-PRESETS = pytest.mark.parametrize("preset", [Policy.paper, Policy.budget], ids=["paper", "budget"])
+PRESETS = pytest.mark.parametrize("preset", [Policy.paper, Policy.budget, Policy.observe], ids=lambda p: p.__name__)
 
 # One field, a value outside what it accepts, and whatever the message must say beside the field's name.
 REFUSED = [
-    ("kind", "greedy", "'paper' or 'budget'"),
+    ("kind", "greedy", "'paper', 'budget' or 'observe'"),
     ("codec", "fp8", "int8_int4"),
+    ("annotations", "float8", "'bfloat16' or 'byte'"),
+    ("host_price", 0.0, "positive"),
     ("block_size", 0, "at least 1"),
     ("block_size", -16, "at least 1"),
     ("group_size", 0, "at least 1"),
@@ -51,7 +54,7 @@ REFUSED = [
 @pytest.mark.parametrize(("field", "value", "remedy"), REFUSED, ids=[f"{f}={v}" for f, v, _ in REFUSED])
 def test_value_out_of_range_is_refused_by_name_with_what_is_accepted(preset, field, value, remedy):
     with pytest.raises(InvalidArgumentError, match=field) as caught:
-        preset(**{field: value})
+        preset(**{"codec": "int8_int4", field: value})  # the codec whose options are checked as well
     caught.match(remedy)
 
 
@@ -89,6 +92,13 @@ def test_budget_preset_keeps_windows_and_centres_the_values():
     assert policy.ranking_depth == 0
 
 
+def test_observe_preset_stores_what_budget_stores_and_promises_nothing():
+    budget, observe = Policy.budget(), Policy.observe()
+    assert observe.make_codec() == budget.make_codec() and observe.tolerance is None
+    for name in ("codec", "annotations", "spectral", "centre", "sink_tokens", "recent_tokens", "scrub"):
+        assert getattr(observe, name) == getattr(budget, name)
+
+
 def test_tolerance_and_its_unit_may_be_positional():
     assert Policy.budget(0.1, "head") == Policy.budget(tolerance=0.1, relative_to="head")
 
@@ -100,6 +110,7 @@ OVERRIDES = {
     "sink_tokens": 64,
     "recent_tokens": 256,
     "margin": 1.0,
+    "host_price": 2.0,
     "max_promoted": 1.0,
     "tau_cov": 1.0,
     "k_min": 1,
@@ -142,8 +153,10 @@ def test_ring_holds_the_recent_window_and_the_block_being_filled(recent, blocks)
 
 
 def test_codec_is_built_with_the_policys_options():
-    assert Policy.paper(group_size=8, key_metadata="float16").make_codec() == Int8Int4(8, "float16")
-    assert Policy.budget(codec="planes", key_planes=(8,)).make_codec() == Planes((8,), (4, 2))
+    assert Policy.paper(group_size=8, key_metadata="float16").make_codec() == Affine(
+        group_size=8, key_metadata="float16"
+    )
+    assert Policy.budget(key_planes=(8,)).make_codec() == Planes((8,), (4, 2))
 
 
 def test_policy_cannot_be_changed_after_it_was_checked():

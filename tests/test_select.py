@@ -1,3 +1,6 @@
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,16 +8,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from certjax import Policy
-from certjax.select import budget_plan, paper_plan
+from certjax.costs import ReadCosts
+from certjax.select import budget_plan, further, paper_plan, plan_bytes, tier1_plan
 
 NB = 24
-paper = jax.jit(paper_plan, static_argnums=0)
-budget = jax.jit(budget_plan, static_argnums=0)
+budget = jax.jit(budget_plan, static_argnums=(0, 1))
+COSTS = ReadCosts(always=100, keys=(0, 40, 300), values=(0, 40, 60, 300))
+EVERYTHING = Policy.budget(0.05, max_promoted=1.0, host_price=1.0)
 masses = st.lists(st.floats(0, 1, width=32), min_size=NB, max_size=NB)
 
 
 def per_head(x, dtype=jnp.float32):
     return jnp.asarray(x, dtype).reshape(1, 1, 1, -1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def paper(policy, mass, eta_max, active):
+    return paper_plan(policy, tier1_plan(mass, 0, 1), mass, eta_max, active)
 
 
 def all_active(n=NB):
@@ -62,51 +72,130 @@ def test_rung_2_takes_blocks_whose_mass_times_error_exceeds_the_threshold():
     assert np.flatnonzero(np.asarray(plan.values)[0, 0, 0]).tolist() == [3]
 
 
-@given(masses, masses, st.floats(0.01, 1.0))
-def test_budget_policy_leaves_at_most_the_tolerance_and_no_term_larger_than_a_promoted_one(keys, values, share):
-    policy = Policy.budget(0.05, max_promoted=1.0, margin=1.0)
-    terms = np.concatenate([keys, values]).astype(np.float32)
-    tolerance = jnp.full((1, 1, 1), max(terms.sum() * share, 1e-6), jnp.float32)
-    plan = budget(policy, per_head(keys), per_head(values), jnp.zeros((1, 1, 1)), jnp.ones((1, 1, 1), bool), tolerance,
+def levels(rng, n_levels, group=1):
+    """Terms of a block at each precision, falling; the last, with originals, is 0."""
+    first = rng.lognormal(0, 2, (1, 1, group, NB))
+    terms = [first * 0.2**i for i in range(n_levels - 1)] + [np.zeros_like(first)]
+    return [jnp.asarray(t, jnp.float32) for t in terms]
+
+
+def chosen(plan):
+    """Level of every block as an index into the costs: keys, values `[NB]`."""
+    k, v = np.asarray(plan.key_level)[0, 0], np.asarray(plan.value_level)[0, 0]
+    k = np.where(np.asarray(plan.keys)[0, 0, 0], len(COSTS.keys) - 1, k)
+    return k, np.where(np.asarray(plan.values)[0, 0, 0], len(COSTS.values) - 1, v)
+
+
+def left(terms, index):
+    return np.stack([np.asarray(t, np.float64) for t in terms])[index, 0, 0, :, np.arange(NB)].sum(0)  # [G]
+
+
+def spent(k, v):
+    return np.asarray(COSTS.keys)[k].sum() + np.asarray(COSTS.values)[v].sum()
+
+
+@given(st.integers(0, 2**31), st.floats(1e-4, 1.5), st.integers(1, 4))
+def test_budget_plan_fits_every_head_of_the_group_and_wastes_little(seed, share, group):
+    rng = np.random.default_rng(seed)
+    keys, values = levels(rng, 3, group), levels(rng, 4, group)
+    allowed = jnp.asarray((keys[0] + values[0]).sum(-1) * share * rng.uniform(0.5, 2, (1, 1, group)), jnp.float32)
+    plan = budget(EVERYTHING, COSTS, keys, values, allowed, all_active())
+    k, v = chosen(plan)
+    room = np.asarray(allowed, np.float64)[0, 0]
+    assert (left(keys, k) + left(values, v) <= room * (1 + 1e-5)).all()
+    # No single step to the next coarser precision that is worth less than the dearest one taken would still fit.
+    if group == 1 and share < 1:
+        coarser = [
+            left(keys, np.where(np.arange(NB) == b, k - 1, k)) + left(values, v) for b in range(NB) if k[b] > 0
+        ] + [left(keys, k) + left(values, np.where(np.arange(NB) == b, v - 1, v)) for b in range(NB) if v[b] > 0]
+        assert not coarser or max(c[0] for c in coarser) > room[0]
+
+
+def test_budget_plan_is_optimal_for_what_it_leaves():
+    """The relaxation is exact where it is tight: no other choice with the same bytes leaves less (brute force)."""
+    rng = np.random.default_rng(3)
+    keys = [jnp.where(jnp.arange(NB) < 3, t, 0.0) for t in levels(rng, 3)]
+    values = [jnp.where(jnp.arange(NB) < 2, t, 0.0) for t in levels(rng, 4)]
+    options = []
+    for combo in itertools.product(range(3), range(3), range(3), range(4), range(4)):
+        k, v = np.zeros(NB, int), np.zeros(NB, int)
+        k[:3], v[:2] = combo[:3], combo[3:]
+        options.append((left(keys, k)[0] + left(values, v)[0], spent(k, v)))
+    for share in (0.02, 0.1, 0.3, 0.7):
+        allowed = (keys[0] + values[0]).sum(-1) * share
+        plan = budget(EVERYTHING, COSTS, keys, values, allowed, all_active())
+        k, v = chosen(plan)
+        remains, bytes_ = left(keys, k)[0] + left(values, v)[0], spent(k, v)
+        assert not any(r < remains * (1 - 1e-5) and n <= bytes_ for r, n in options)
+
+
+def test_loose_allowance_reads_the_least():
+    rng = np.random.default_rng(0)
+    plan = budget(EVERYTHING, COSTS, levels(rng, 3), levels(rng, 4), jnp.full((1, 1, 1), 1e9), all_active())
+    k, v = chosen(plan)
+    assert not k.any() and not v.any() and not plan.give_up.any()
+    assert int(plan_bytes(COSTS, plan, all_active())[0, 0]) == NB * COSTS.always
+
+
+def test_host_price_makes_promotion_the_last_resort():
+    rng = np.random.default_rng(1)
+    keys, values = levels(rng, 3), levels(rng, 4)
+    allowed = (keys[0] + values[0]).sum(-1) * 0.08
+    counts = []
+    for price in (0.2, 1.0, 8.0, 100.0):
+        policy = Policy.budget(0.05, max_promoted=1.0, host_price=price)
+        plan = budget(policy, COSTS, keys, values, allowed, all_active())
+        counts.append(int(plan.keys.sum() + plan.values.sum()))
+    assert counts == sorted(counts, reverse=True) and counts[0] > counts[-1]
+
+
+def test_values_that_may_not_be_skipped_are_read():
+    rng = np.random.default_rng(2)
+    values = levels(rng, 4)
+    values[0] = jnp.full_like(values[0], jnp.inf)
+    plan = budget(EVERYTHING, COSTS, levels(rng, 3), values, jnp.full((1, 1, 1), 1e9), all_active())
+    assert (np.asarray(plan.value_level) == 1).all()
+
+
+def test_budget_plan_gives_up_when_promotion_would_cost_more_than_dense():
+    flat = [per_head(np.ones(NB)), per_head(np.ones(NB)), per_head(np.zeros(NB))]
+    plan = budget(Policy.budget(0.05, max_promoted=0.5), COSTS, flat, [flat[0], *flat], jnp.ones((1, 1, 1)),
                   all_active())  # fmt: skip
-    chosen = np.concatenate([np.asarray(plan.keys).ravel(), np.asarray(plan.values).ravel()])
-    assert terms[~chosen].sum(dtype=np.float64) <= float(tolerance[0, 0, 0]) * (1 + 1e-5)
-    if chosen.any() and not chosen.all():
-        smallest = terms[chosen].min()
-        assert smallest >= terms[~chosen].max()
-        # Nothing is promoted in vain: with the smallest promoted terms left out too, the budget is exceeded.
-        without = ~chosen | (terms == smallest)
-        assert terms[without].sum(dtype=np.float64) >= float(tolerance[0, 0, 0]) * (1 - 1e-5)
+    assert bool(plan.give_up.all()) and not plan.keys.any() and not plan.values.any()
 
 
-def test_budget_policy_gives_up_when_promotion_would_cost_more_than_dense():
-    flat = per_head(np.ones(NB))
-    plan = budget(Policy.budget(0.05, max_promoted=0.5), flat, flat, jnp.zeros((1, 1, 1)), jnp.ones((1, 1, 1), bool),
-                  jnp.full((1, 1, 1), 1.0), all_active())  # fmt: skip
-    assert bool(plan.give_up.all()) and not bool(plan.any)
+def test_head_with_nothing_to_spend_gives_up_and_takes_its_group_along():
+    rng = np.random.default_rng(4)
+    allowed = jnp.asarray([[[1e9, -1.0]]])
+    plan = budget(EVERYTHING, COSTS, levels(rng, 3, 2), levels(rng, 4, 2), allowed, all_active())
+    assert bool(plan.give_up.all())
 
 
-def test_budget_policy_leaves_heads_within_tolerance_alone():
-    flat = per_head(np.ones(NB))
-    plan = budget(Policy.budget(0.05), flat, flat, jnp.zeros((1, 1, 1)), jnp.zeros((1, 1, 1), bool),
-                  jnp.full((1, 1, 1), 1.0), all_active())  # fmt: skip
-    assert not bool(plan.any) and not bool(plan.give_up.any())
+def test_terms_that_are_not_finite_are_promoted():
+    keys = [per_head(np.where(np.arange(NB) == 7, np.inf, 0.0))] * 2 + [per_head(np.zeros(NB))]
+    plan = budget(EVERYTHING, COSTS, keys, [per_head(np.zeros(NB))] * 4, jnp.ones((1, 1, 1)), all_active())
+    assert np.flatnonzero(np.asarray(plan.keys)[0, 0, 0]).tolist() == [7]
 
 
-def test_budget_policy_promotes_blocks_whose_terms_are_not_numbers():
-    terms = np.zeros(NB)
-    terms[7] = np.nan
-    plan = budget(Policy.budget(0.05), per_head(terms), per_head(np.zeros(NB)), jnp.zeros((1, 1, 1)),
-                  jnp.ones((1, 1, 1), bool), jnp.full((1, 1, 1), 1.0), all_active())  # fmt: skip
-    assert not bool(plan.keys[0, 0, 0, 7]) or int(plan.keys.sum()) >= 1
+@given(st.integers(0, 2**31))
+def test_the_finer_of_two_plans_contains_both(seed):
+    rng = np.random.default_rng(seed)
+    plans = []
+    for share in rng.uniform(0.001, 0.5, 2):
+        keys, values = levels(rng, 3), levels(rng, 4)
+        plans.append(budget(EVERYTHING, COSTS, keys, values, (keys[0] + values[0]).sum(-1) * share, all_active()))
+    both = [chosen(p) for p in plans]
+    k, v = chosen(further(*plans))
+    assert (k == np.maximum(both[0][0], both[1][0])).all() and (v == np.maximum(both[0][1], both[1][1])).all()
 
 
-def test_blocks_outside_tier_1_are_never_promoted():
+def test_blocks_outside_tier_1_are_never_read():
     active = all_active().at[..., ::2].set(False)
-    ones, none = per_head(np.ones(NB)), jnp.zeros((1, 1, 1))
+    ones = per_head(np.ones(NB))
+    terms = [jnp.where(active, t, 0.0) for t in (ones, ones, ones * 0)]
     plans = (
         paper(Policy.paper(k_min=NB, k_max=NB), ones / NB, ones, active),
-        budget(Policy.budget(0.05, max_promoted=1.0), ones, ones, none, none == 0, none + 0.5, active),
+        budget(EVERYTHING, COSTS, terms, [terms[0], *terms], jnp.full((1, 1, 1), 0.5), active),
     )
     for plan in plans:
-        assert plan.any and not (plan.keys & ~active).any() and not (plan.values & ~active).any()
+        assert plan.keys.any() and not (plan.keys & ~active).any() and not (plan.values & ~active).any()

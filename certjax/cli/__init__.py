@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from certjax.cli.audit import audit_command
 from certjax.cli.convert import convert_command
 from certjax.cli.generate import generate_command
 
@@ -16,3 +17,4 @@ def main() -> None:
 
 main.add_command(generate_command)
 main.add_command(convert_command)
+main.add_command(audit_command)

@@ -22,13 +22,16 @@ from certjax.policy import Policy
 @click.option("--model", "name", default="smollm2", show_default=True, help="'smollm2' or a converted directory.")
 @click.option("--prompt", "prompts", multiple=True, required=True, help="A prompt; '-' is stdin. Repeat for a batch.")
 @click.option("--mode", type=click.Choice(MODES), default="certified", show_default=True)
-@click.option("--policy", "policy_name", type=click.Choice(["budget", "paper"]), default="budget", show_default=True)
+@click.option("--policy", "policy_name", type=click.Choice(["budget", "paper", "observe"]), default="budget", show_default=True)
 @click.option("--tolerance", type=float, default=None, help="Budget policy: certified error allowed.  [default: 0.05]")
 @click.option(
     "--relative-to", type=click.Choice(["layer", "head", "absolute"]), default=None,
     help="What the tolerance is relative to.  [default: layer]",
 )  # fmt: skip
-@click.option("--codec", type=click.Choice(sorted(REGISTRY)), default="int8_int4", show_default=True)
+@click.option(
+    "--codec", type=click.Choice(sorted(REGISTRY)), default=None,
+    help="Tier-1 format.  [default: planes, with --policy paper int8_int4]",
+)  # fmt: skip
 @click.option("--max-new-tokens", type=int, default=64, show_default=True)
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", type=int, default=0, help="0 keeps all tokens.")
@@ -70,9 +73,10 @@ def generate_command(
     console.print(table)
 
 
-def _policy(name: str, tolerance: float | None, relative_to: str | None, codec: str) -> Policy:
-    if name == "paper":
-        if tolerance is not None or relative_to is not None:
-            raise InvalidArgumentError("--tolerance and --relative-to belong to --policy budget.")
-        return Policy.paper(codec=codec)
-    return Policy.budget(0.05 if tolerance is None else tolerance, relative_to or "layer", codec=codec)
+def _policy(name: str, tolerance: float | None, relative_to: str | None, codec: str | None) -> Policy:
+    chosen = {} if codec is None else {"codec": codec}
+    if name == "budget":
+        return Policy.budget(0.05 if tolerance is None else tolerance, relative_to or "layer", **chosen)
+    if tolerance is not None or relative_to is not None:
+        raise InvalidArgumentError("--tolerance and --relative-to belong to --policy budget.")
+    return Policy.paper(**chosen) if name == "paper" else Policy.observe(**chosen)

@@ -53,6 +53,7 @@ class Affine:
     key_levels = 1
     value_levels = 1
     centred = False
+    scaled = False
 
     def __post_init__(self):
         if self.key_metadata not in ("float32", "float16"):

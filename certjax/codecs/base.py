@@ -34,14 +34,14 @@ class HeadStats:
     ----------
     key_centre, value_centre : `[..., d]` float32
         `value_centre` is also the `c` of `nu_t = ||v_t - c||`.
-    key_peak, value_peak : `[...]` float32
-        Largest absolute element.
+    key_peak, value_peak : `[...]` float32, or None
+        Largest absolute element, for codecs that scale by it.
     """
 
     key_centre: jax.Array
     value_centre: jax.Array
-    key_peak: jax.Array
-    value_peak: jax.Array
+    key_peak: jax.Array | None = None
+    value_peak: jax.Array | None = None
 
 
 @flax.struct.dataclass
@@ -64,12 +64,15 @@ class Codec(Protocol):
         Nested precisions in which codes can be read.
     centred
         Decoded vectors are relative to the centres of `HeadStats`.
+    scaled
+        The peaks of `HeadStats` are needed.
     """
 
     name: str
     key_levels: int
     value_levels: int
     centred: bool
+    scaled: bool
 
     def encode(self, keys: jax.Array, values: jax.Array, stats: HeadStats) -> Codes:
         """Quantize float32 blocks `[..., NB, B, d]` of keys and values; leaves of `stats` are `[..., d]`, `[...]`."""

@@ -47,6 +47,7 @@ class Fp8:
     key_levels = 1
     value_levels = 1
     centred = False
+    scaled = True
 
     def __post_init__(self):
         if self.fp8_scale not in ("tensor", "head"):

@@ -48,7 +48,7 @@ def read(note: Note) -> jax.Array:
     if not isinstance(note, Shares):
         return note.astype(jnp.float32)
     peak = note.peak.astype(jnp.float32)[..., None]
-    value = peak * note.share.astype(jnp.float32) * ((1 + 2.0**-20) / STEPS)
+    value = peak * (note.share.astype(jnp.float32) * ((1 + 2.0**-20) / STEPS))
     return jnp.where(jnp.isfinite(peak), value, peak)
 
 

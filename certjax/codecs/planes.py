@@ -57,6 +57,7 @@ class Planes:
     rotate: bool = True
     name: str = dataclasses.field(default="planes", init=False)
     centred = True
+    scaled = False
 
     def __post_init__(self):
         for name in ("key_planes", "value_planes"):
