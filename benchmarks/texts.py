@@ -33,6 +33,13 @@ def novel(name: str) -> str:
     return stored.read_text(encoding="utf-8")
 
 
+def conversation(name: str, tokenizer) -> str:
+    """A long chat in the model's template: passages of a novel as the two sides' messages."""
+    paragraphs = [p.replace("\n", " ") for p in novel(name).split("\n\n") if 80 < len(p) < 600][:400]
+    sides = ("user", "assistant")
+    return tokenizer.chat([{"role": sides[i % 2], "content": p} for i, p in enumerate(paragraphs)])
+
+
 def _unpack(scratch: Path) -> dict[str, str]:
     fetched = subprocess.run(["apt-get", "download", PACKAGE], cwd=scratch, capture_output=True, text=True)
     if fetched.returncode:

@@ -134,8 +134,8 @@ def _within_budget(policy: Policy, problem: reading.Problem, cache: TieredKVCach
 
     def attend(plan, tolerance, offset, e_arith) -> tuple[select.Plan, att.Attempt, att.Checks]:
         key_terms = terms.key_terms(problem, cache, seen, offset)
-        allowed = policy.margin * tolerance - e_arith
-        more = select.budget_plan(policy, costs, key_terms, value_terms, allowed, problem.active)
+        room = policy.margin * tolerance
+        more = select.budget_plan(policy, costs, key_terms, value_terms, room, e_arith, problem.active)
         plan = select.further(plan, more)
         keys = lax.cond(
             (plan.key_level > 0).any(), lambda: reading.read_keys(problem, cache, plan.key_level), lambda: coarse
@@ -149,7 +149,7 @@ def _within_budget(policy: Policy, problem: reading.Problem, cache: TieredKVCach
         tolerance = ladder.absolute_tolerance(policy, jnp.where(first, seen.out, tried.out))
         offset = jnp.where(first, seen.offset, tried.offset)
         plan, candidate, passed = attend(state.plan, tolerance, offset, jnp.where(first, 0.0, tried.e_arith))
-        over = ~(candidate.e_total <= ladder.absolute_tolerance(policy, candidate.out))
+        over = ~(candidate.e_total <= ladder.allotted(policy, candidate.out, candidate.e_total))
         return _Round(n=state.n + 1, plan=plan, candidate=candidate, passed=passed, need=over & ~plan.give_up)
 
     nothing = select.tier1_plan(coarse.delta_paper, 0, 0)

@@ -157,13 +157,33 @@ def audit(
             f"an audit needs a tolerance relative to the layer; got a policy of kind {policy.kind!r} relative to "
             f"{policy.relative_to!r}. Use Policy.budget(tolerance, codec=...)."
         )
+    seen, positions = spread(model, tokens, n_queries)
+    return audit_captured(seen, positions, policy, name=model.name, progress=progress)
+
+
+def spread(model: Model, tokens: Sequence[int], n_queries: int) -> tuple[Captured, list[int]]:
+    """Activations with the queries of `n_queries` positions spread over the last 256, and these positions.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If `n_queries` is not in [1, 256], or as `capture`.
+    """
     if not 1 <= n_queries <= CHUNK:
         raise InvalidArgumentError(f"n_queries must be in [1, {CHUNK}], got {n_queries}.")
     seen = capture(model, tokens, n_queries=CHUNK)
     picked = np.arange(1, n_queries + 1) * CHUNK // n_queries - 1
-    seen = Captured(q=seen.q[:, picked], keys=seen.keys, values=seen.values)
+    return (
+        Captured(q=seen.q[:, picked], keys=seen.keys, values=seen.values),
+        [seen.keys.shape[-2] - CHUNK + int(i) for i in picked],
+    )
+
+
+def audit_captured(
+    seen: Captured, positions: list[int], policy: Policy, *, name: str = "model", progress: bool = False
+) -> AuditReport:
+    """`audit` of activations that were captured before, with their queries at `positions`."""
     n, d = seen.keys.shape[-2:]
-    positions = [n - CHUNK + int(i) for i in picked]
     policies = (dataclasses.replace(policy, kind="observe", tolerance=None), policy)
     steps = track(positions, "Auditing", console=Console(stderr=True), disable=not progress, transient=True)
     results = [
@@ -182,7 +202,7 @@ def audit(
         return x.astype(np.int64).sum(-1)
 
     return AuditReport(
-        model=model.name,
+        model=name,
         policy=policy,
         n_tokens=n,
         positions=tuple(positions),

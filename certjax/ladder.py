@@ -51,6 +51,24 @@ def absolute_tolerance(policy: Policy, out: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(norm), policy.tolerance * norm, 0.0)
 
 
+def allotted(policy: Policy, out: jax.Array, e_total: jax.Array) -> jax.Array:
+    """The tolerance of each head `[b, Hkv, G]`, given outputs and their bounds.
+
+    Pooled, the bounds themselves are scaled to the root mean square that is allowed: they fit if and only if none
+    exceeds its share.
+    """
+    tolerance = absolute_tolerance(policy, out)
+    if policy.tolerance is None or not policy.pooled:
+        return tolerance
+    largest = e_total.max((1, 2), keepdims=True)
+    usable = (largest > 0) & jnp.isfinite(largest)
+    shares = e_total / jnp.where(usable, largest, 1.0)
+    rms = jnp.sqrt(jnp.square(shares).mean((1, 2), keepdims=True))
+    # Bounds of zero leave every head the whole; an infinite or undefined bound fits nothing.
+    fitted = jnp.where(usable, tolerance / jnp.where(usable, rms, 1.0) * shares, 0.0)
+    return jnp.where(largest == 0, tolerance, fitted)
+
+
 def originals_of(cache: TieredKVCache) -> Originals:
     """All originals of one sequence and KV head, from tier 2."""
 
@@ -78,9 +96,14 @@ def climb(
     forced = plan.give_up | ~passed.ranking | ~passed.boundary | layer_failed[:, None, None]
 
     def judged(out, e_total, dense) -> Returned:
-        tolerance = absolute_tolerance(policy, out)
-        need = forced | ~(e_total <= tolerance) if policy.tolerance is not None else forced
-        return Returned(out=out, e_total=e_total, dense=dense, tolerance=tolerance, need=need & ~dense)
+        tolerance = allotted(policy, out, e_total)
+        over = ~(e_total <= tolerance) & ~dense
+        if policy.tolerance is None:
+            over = jnp.zeros_like(dense)
+        elif policy.pooled:  # the group with the largest bound goes first: the others may fit without it
+            worst = jnp.where(over, jnp.where(jnp.isnan(e_total), jnp.inf, e_total), -1.0).max(-1, keepdims=True)
+            over &= worst == worst.max(1, keepdims=True)
+        return Returned(out=out, e_total=e_total, dense=dense, tolerance=tolerance, need=(forced | over) & ~dense)
 
     def make_dense(state: Returned) -> Returned:
         need = state.need

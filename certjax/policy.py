@@ -51,6 +51,9 @@ class Policy:
         Budget policy: blocks may do without their values, their centre standing for them, where the bound allows.
     host_price
         What a byte from the host costs in selection, in bytes of device memory.
+    allotment
+        How a tolerance relative to the layer is shared out: "pooled" (heads differ; the root mean square of their
+        bounds, hence the error of the layer's concatenated output, is within the tolerance) or "equal" (every head is).
     margin
         The plan aims at `margin * tolerance`, because masses move when original keys replace codes.
     max_promoted
@@ -86,6 +89,7 @@ class Policy:
     relative_to: Literal["layer", "head", "absolute"] = "layer"
     skip_values: bool = False
     host_price: float = 8.0
+    allotment: Literal["pooled", "equal"] = "pooled"
     margin: float = 0.96
     max_promoted: float = 0.5
     tau_cov: float = 0.995
@@ -161,6 +165,9 @@ class Policy:
             self.relative_to in ("layer", "head", "absolute"),
             f"relative_to must be 'layer', 'head' or 'absolute', got {self.relative_to!r}.",
         )
+        _require(
+            self.allotment in ("pooled", "equal"), f"allotment must be 'pooled' or 'equal', got {self.allotment!r}."
+        )
         for name in ("margin", "max_promoted", "tau_cov"):
             x = getattr(self, name)
             _require(0 < x <= 1, f"{name} must be in (0, 1], got {x}.")
@@ -179,6 +186,11 @@ class Policy:
             self.exploration == 0 or self.canary, "exploration feeds the canary; set canary=True to use it."
         )
         _require(self.scrub >= 0, f"scrub must be non-negative, got {self.scrub}.")
+
+    @property
+    def pooled(self) -> bool:
+        """Whether the heads of a layer share one budget."""
+        return self.relative_to == "layer" and self.allotment == "pooled"
 
     def make_codec(self) -> Codec:
         """The tier-1 codec this policy asks for."""

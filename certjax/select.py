@@ -81,52 +81,70 @@ def budget_plan(
     costs: ReadCosts,
     key_terms: list[jax.Array],
     value_terms: list[jax.Array],
-    allowed: jax.Array,
+    room: jax.Array,
+    e_arith: jax.Array,
     active: jax.Array,
 ) -> Plan:
-    """Read as few bytes as make the estimated bound of every head of a KV head fit.
+    """Read as few bytes as make the estimated bound fit.
 
-    Every block takes the precisions that minimize `term + price * bytes`, and the price is the highest at which
-    what is left fits all heads of the group: terms count in shares of what a head is allowed, the worst head's.
+    Every block takes the precisions that minimize `sum of terms + price * bytes`, at the highest price at which what
+    is left fits: every head in its room, with a price for each KV head; or, where the policy pools, the heads of a
+    layer together, with one price for all.
 
     Parameters
     ----------
     key_terms, value_terms : `[b, Hkv, G, NB]` each
         What each block adds to the bound, one array a precision as in `ReadCosts`, the last with originals.
-    allowed : `[b, Hkv, G]`
-        What the terms of a head may add up to. A head with nothing to spend gives up.
+    room : `[b, Hkv, G]`
+        What the bound of a head may come to; pooled, what the root mean square over heads may.
+    e_arith : `[b, Hkv, G]`
+        The part of the bound that no reading removes. A head without more room than that gives up.
     active : `[b, 1, 1, NB]` bool
         Blocks read from tier 1.
     """
-    hopeless = ~(allowed > 0)
-    budget = jnp.where(hopeless, jnp.inf, allowed)[..., None]
-    keys, values = ([t / budget for t in terms] for terms in (key_terms, value_terms))
+    hopeless = ~(room > e_arith)
+    # In shares of the room; a head that has given up asks for nothing.
+    scale = jnp.where(hopeless, jnp.inf, room)[..., None]
+    keys, values = ([t / scale for t in terms] for terms in (key_terms, value_terms))
+    floor = jnp.where(hopeless, 0.0, e_arith / scale[..., 0])
     key_bytes, value_bytes = (_prices(table, policy.host_price) for table in (costs.keys, costs.values))
-    worst_key, worst_value = ([t.max(2) for t in terms] for terms in (keys, values))  # [b, Hkv, NB]
 
-    def choose(price):
+    def choose(price, weight):  # [b, Hkv] or [b, 1], [b, Hkv, G]
         price = jnp.exp2(price)[..., None]
-        return _cheapest(worst_key, key_bytes, price), _cheapest(worst_value, value_bytes, price)
+        if policy.pooled:
+            joint_k, joint_v = ([(t * weight[..., None]).sum(2) for t in terms] for terms in (keys, values))
+        else:
+            joint_k, joint_v = ([t.max(2) for t in terms] for terms in (keys, values))  # [b, Hkv, NB]
+        return _cheapest(joint_k, key_bytes, price), _cheapest(joint_v, value_bytes, price)
 
-    def halve(_, bracket):
-        low, high = bracket
-        price = 0.5 * (low + high)
-        k, v = choose(price)
-        left = (_at(keys, k[:, :, None]) + _at(values, v[:, :, None])).sum(-1)  # [b, Hkv, G]
-        fits = (left <= 1).all(-1)
-        return jnp.where(fits, price, low), jnp.where(fits, high, price)
+    def left(k, v):
+        return (_at(keys, k[:, :, None]) + _at(values, v[:, :, None])).sum(-1) + floor  # [b, Hkv, G]
 
-    shape = allowed.shape[:2]
-    low, _ = lax.fori_loop(0, BISECTIONS, halve, (jnp.full(shape, -60.0), jnp.full(shape, 60.0)))
-    # A little below what was found: at the very price two evaluations may settle a tie differently.
-    k, v = choose(low - 2.0**-12)
+    def search(weight):
+        def halve(_, bracket):
+            low, high = bracket
+            price = 0.5 * (low + high)
+            rest = left(*choose(price, weight))
+            together = jnp.mean(rest * rest, (1, 2), keepdims=True)[..., 0] <= 1
+            fits = together if policy.pooled else (rest <= 1).all(-1)
+            return jnp.where(fits, price, low), jnp.where(fits, high, price)
+
+        shape = (room.shape[0], 1) if policy.pooled else room.shape[:2]
+        low, _ = lax.fori_loop(0, BISECTIONS, halve, (jnp.full(shape, -60.0), jnp.full(shape, 60.0)))
+        # A little below what was found: at the very price two evaluations may settle a tie differently.
+        return choose(low - 2.0**-12, weight)
+
+    k, v = search(jnp.ones_like(room))
+    if policy.pooled:
+        # What a head leaves counts by its square: once more, with the weights that the first answer suggests.
+        k, v = search(jnp.minimum(left(k, v) + 0.1, 10.0))
     read = active[:, :, 0]
     promoted_k, promoted_v = (k == len(keys) - 1) & read, (v == len(values) - 1) & read
     n_promoted = promoted_k.sum(-1) + promoted_v.sum(-1)
     costly = n_promoted > policy.max_promoted * 2 * read.sum(-1)
     give_up = hopeless.any(-1) | costly  # [b, Hkv]: dense attention reads for all heads of the group
     keep = (read & ~give_up[..., None])[:, :, None]
-    shape = (*allowed.shape, read.shape[-1])
+    shape = (*room.shape, read.shape[-1])
     promoted = [jnp.broadcast_to(x[:, :, None] & keep, shape) for x in (promoted_k, promoted_v)]
     return Plan(
         key_level=jnp.where(promoted_k | ~read, 0, k),
@@ -134,7 +152,7 @@ def budget_plan(
         keys=promoted[0],
         values=promoted[1],
         raised=promoted[0].any(-1),
-        give_up=jnp.broadcast_to(give_up[..., None], allowed.shape),
+        give_up=jnp.broadcast_to(give_up[..., None], room.shape),
     )
 
 

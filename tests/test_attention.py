@@ -36,7 +36,7 @@ def test_error_is_below_the_certificate_and_the_contract_holds(policy):
 def test_tolerance_is_what_relative_to_says(scale):
     q, *_ = problems.originals(query_scale=scale)
     for relative in ("layer", "head", "absolute"):
-        policy = Policy.budget(0.1, relative)
+        policy = Policy.budget(0.1, relative, allotment="equal")
         out, record = certify(q, problems.cache(policy), policy)
         squared = (f64(out) ** 2).sum(-1)
         expected = {
@@ -45,6 +45,40 @@ def test_tolerance_is_what_relative_to_says(scale):
             "absolute": np.full_like(squared, 0.1),
         }[relative]
         np.testing.assert_allclose(record.tolerance, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.3, 3.0])
+def test_pooled_tolerances_have_the_root_mean_square_that_was_asked_for(scale):
+    q, keys, values, lengths = problems.originals(query_scale=scale)
+    policy = Policy.budget(0.1)
+    out, record = certify(q, problems.cache(policy), policy)
+    norm, dense = np.linalg.norm(f64(out)), np.asarray(record.rung) >= 3
+
+    def rms(x):
+        return np.sqrt((f64(x) ** 2).mean(-1))
+
+    asked = 0.1 * np.sqrt((f64(out) ** 2).sum(-1).mean(-1))
+    np.testing.assert_allclose(rms(record.tolerance), asked, rtol=1e-5)
+    assert (rms(record.e_total) <= asked * (1 + 1e-6)).all() or dense.all()
+    # The layer's concatenated output is as close as the tolerance says.
+    error = exact_error(out, q, keys, values, lengths)
+    assert np.linalg.norm(error) <= 0.1 * norm
+
+
+def test_one_group_that_cannot_fit_does_not_take_the_others_along():
+    """Pooled: a group with an enormous bound goes dense, and the rest of the layer is judged without it."""
+    policy = Policy.budget(0.5, scrub=0, canary=False, max_promoted=0.01)
+    q, keys, values, lengths = problems.originals()
+    cache = problems.cache(policy)
+    huge = {
+        "eta": cache.notes.eta.replace(peak=cache.notes.eta.peak.at[0, 0].set(jnp.inf)),
+        "nu": cache.notes.nu.replace(peak=cache.notes.nu.peak.at[0, 0].multiply(1e6)),
+        "sigma_v": cache.notes.sigma_v.at[0, 0].set(jnp.inf),
+    }
+    out, record = certify(q, cache.replace(notes=cache.notes.replace(**huge)), policy)
+    rung = np.asarray(record.rung)
+    assert (rung[0, :G] == 3).all() and (rung[0, G:] < 3).all() and (rung[1] < 3).all()
+    assert (exact_error(out, q, keys, values, lengths) <= f64(record.e_total)).all()
 
 
 def test_dense_head_steps_report_no_quantization_error():

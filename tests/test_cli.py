@@ -130,7 +130,7 @@ def test_command_gives_what_the_library_gives(checkpoint):
 def test_options_reach_the_policy(checkpoint):
     result = generated(checkpoint, "--mode", "dense", "--tolerance", 0.2, "--relative-to", "head", "--json")
     policy = strict_json(result.stdout)["report"]["policy"]
-    assert (policy["tolerance"], policy["relative_to"], policy["codec"]) == (0.2, "head", "int8_int4")
+    assert (policy["tolerance"], policy["relative_to"], policy["codec"]) == (0.2, "head", "planes")
 
 
 def test_seed_decides_what_is_drawn(checkpoint):

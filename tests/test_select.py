@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import itertools
 
@@ -12,9 +13,9 @@ from certjax.costs import ReadCosts
 from certjax.select import budget_plan, further, paper_plan, plan_bytes, tier1_plan
 
 NB = 24
-budget = jax.jit(budget_plan, static_argnums=(0, 1))
+with_rounding = jax.jit(budget_plan, static_argnums=(0, 1))
 COSTS = ReadCosts(always=100, keys=(0, 40, 300), values=(0, 40, 60, 300))
-EVERYTHING = Policy.budget(0.05, max_promoted=1.0, host_price=1.0)
+EVERYTHING = Policy.budget(0.05, max_promoted=1.0, host_price=1.0, allotment="equal")
 masses = st.lists(st.floats(0, 1, width=32), min_size=NB, max_size=NB)
 
 
@@ -70,6 +71,10 @@ def test_rung_2_takes_blocks_whose_mass_times_error_exceeds_the_threshold():
     eta[[3, 4]] = 1.0, 0.4
     plan = paper(Policy.paper(v_tol=0.05), per_head(np.full(NB, 0.1)), per_head(eta), all_active())
     assert np.flatnonzero(np.asarray(plan.values)[0, 0, 0]).tolist() == [3]
+
+
+def budget(policy, costs, keys, values, room, active):
+    return with_rounding(policy, costs, keys, values, room, jnp.zeros_like(room), active)
 
 
 def levels(rng, n_levels, group=1):
@@ -129,6 +134,32 @@ def test_budget_plan_is_optimal_for_what_it_leaves():
         assert not any(r < remains * (1 - 1e-5) and n <= bytes_ for r, n in options)
 
 
+@given(st.integers(0, 2**31), st.floats(0.01, 0.9))
+def test_pooled_plan_fits_the_layer_and_reads_no_more_than_equal_shares(seed, share):
+    rng = np.random.default_rng(seed)
+    keys, values = ([jnp.concatenate([t, 3 * t[..., ::-1]], 1) for t in levels(rng, n, 2)] for n in (3, 4))
+    room = jnp.full((1, 2, 2), float((keys[0] + values[0]).sum() / 4) * share)
+    pooled = with_rounding(
+        dataclasses.replace(EVERYTHING, allotment="pooled"), COSTS, keys, values, room, 0.01 * room, all_active()
+    )
+    equal = with_rounding(EVERYTHING, COSTS, keys, values, room, 0.01 * room, all_active())
+
+    def rest(plan):
+        k = np.where(np.asarray(plan.keys)[0, :, 0], 2, np.asarray(plan.key_level)[0])  # [Hkv, NB]
+        v = np.where(np.asarray(plan.values)[0, :, 0], 3, np.asarray(plan.value_level)[0])
+        both = [
+            np.take_along_axis(np.stack([np.asarray(t, np.float64) for t in terms])[:, 0], index[None, :, None], 0)[0]
+            for terms, index in ((keys, k), (values, v))
+        ]
+        return both[0].sum(-1) + both[1].sum(-1) + 0.01 * np.asarray(room)[0], spent(k, v)
+
+    left_pooled, bytes_pooled = rest(pooled)
+    left_equal, bytes_equal = rest(equal)
+    allowed = float(room[0, 0, 0])
+    assert np.sqrt((left_pooled**2).mean()) <= allowed * (1 + 1e-5) and left_equal.max() <= allowed * (1 + 1e-5)
+    assert bytes_pooled <= bytes_equal + 2 * 300  # up to a block of either kind
+
+
 def test_loose_allowance_reads_the_least():
     rng = np.random.default_rng(0)
     plan = budget(EVERYTHING, COSTS, levels(rng, 3), levels(rng, 4), jnp.full((1, 1, 1), 1e9), all_active())
@@ -143,7 +174,7 @@ def test_host_price_makes_promotion_the_last_resort():
     allowed = (keys[0] + values[0]).sum(-1) * 0.08
     counts = []
     for price in (0.2, 1.0, 8.0, 100.0):
-        policy = Policy.budget(0.05, max_promoted=1.0, host_price=price)
+        policy = dataclasses.replace(EVERYTHING, host_price=price)
         plan = budget(policy, COSTS, keys, values, allowed, all_active())
         counts.append(int(plan.keys.sum() + plan.values.sum()))
     assert counts == sorted(counts, reverse=True) and counts[0] > counts[-1]
@@ -159,7 +190,7 @@ def test_values_that_may_not_be_skipped_are_read():
 
 def test_budget_plan_gives_up_when_promotion_would_cost_more_than_dense():
     flat = [per_head(np.ones(NB)), per_head(np.ones(NB)), per_head(np.zeros(NB))]
-    plan = budget(Policy.budget(0.05, max_promoted=0.5), COSTS, flat, [flat[0], *flat], jnp.ones((1, 1, 1)),
+    plan = budget(dataclasses.replace(EVERYTHING, max_promoted=0.5), COSTS, flat, [flat[0], *flat], jnp.ones((1, 1, 1)),
                   all_active())  # fmt: skip
     assert bool(plan.give_up.all()) and not plan.keys.any() and not plan.values.any()
 

@@ -22,7 +22,9 @@ from certjax.policy import Policy
 @click.option("--model", "name", default="smollm2", show_default=True, help="'smollm2' or a converted directory.")
 @click.option("--prompt", "prompts", multiple=True, required=True, help="A prompt; '-' is stdin. Repeat for a batch.")
 @click.option("--mode", type=click.Choice(MODES), default="certified", show_default=True)
-@click.option("--policy", "policy_name", type=click.Choice(["budget", "paper", "observe"]), default="budget", show_default=True)
+@click.option(
+    "--policy", "policy_name", type=click.Choice(["budget", "paper", "observe"]), default="budget", show_default=True
+)
 @click.option("--tolerance", type=float, default=None, help="Budget policy: certified error allowed.  [default: 0.05]")
 @click.option(
     "--relative-to", type=click.Choice(["layer", "head", "absolute"]), default=None,
