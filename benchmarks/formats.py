@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -100,5 +101,5 @@ class Companded(Planes):
 def register() -> None:
     """Make the study's own codec known to policies."""
     codecs.REGISTRY.setdefault("companded", Companded)
-    codecs.REGISTRY.setdefault("companded_more", lambda **options: Companded(**{"power": 1.5, **options}))
+    codecs.REGISTRY.setdefault("companded_more", functools.partial(Companded, power=1.5))
 

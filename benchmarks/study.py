@@ -119,8 +119,12 @@ def main() -> None:
     meta["output"] = args.output.name
     args.output.parent.mkdir(parents=True, exist_ok=True)
 
+    # With --formats the rest of what is stored stays.
+    others = json.loads(args.output.read_text())["rows"] if args.formats and args.output.exists() else []
+    others = [row for row in others if row["format"] not in args.formats]
+
     def keep(rows: list[dict]) -> None:
-        rows = sorted(rows, key=lambda row: (row["format"], row["tolerance"], row["text"]))
+        rows = sorted(others + rows, key=lambda row: (row["format"], row["tolerance"], row["text"]))
         args.output.write_text(json.dumps({"meta": meta, "rows": rows}, indent=1) + "\n")
 
     rows = run(args.jobs, args.tokens, args.queries, args.formats, keep)

@@ -101,8 +101,9 @@ def evaluate(
     linear, e_key = (jnp.where(delta_max < num.MAX_DELTA, e, jnp.inf) for e in (linear, e_key))
     n_tokens = delta.shape[-2] * delta.shape[-1] + problem.window_live.shape[-1]
     e_arith = arithmetic.e_arith(
-        sums, linear, offset, problem.nu_max[..., None], delta_max, problem.eps, accumulated, n_tokens
-    )
+        sums, linear, offset, problem.nu_max[..., None] + eta.max((-2, -1)), delta_max, problem.eps, accumulated,
+        n_tokens,
+    )  # fmt: skip
     # Nothing can be further from O* than the values reach: O* lies within nu_max of the centre.
     trivial = problem.nu_max[..., None] + from_centre
     total = e_key + e_val + e_arith

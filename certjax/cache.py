@@ -130,6 +130,11 @@ class TieredKVCache:
                 f"capacity={capacity} exceeds the {MAX_CAPACITY} tokens that certificates cover."
             )
         n_blocks = -(-capacity // block)
+        if n_blocks + block > MAX_DEPTH:
+            raise InvalidArgumentError(
+                f"capacity={capacity} in blocks of block_size={block} makes sums longer than certificates cover; "
+                "choose a larger block_size."
+            )
         batch = keys.shape[-4]
         length = jnp.full((batch,), n, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
         kind = host.host_memory_kind()
@@ -299,6 +304,10 @@ MAX_CAPACITY = 2**22
 """Tokens a cache may hold: the float32 sums of the certificate are proved up to here (docs/bounds.md, section 9)."""
 
 
+MAX_DEPTH = 2**19 - 2
+"""Longest chain of additions, a block's and then one a block, for which the bound's own rounding is paid for."""
+
+
 def _check_originals(keys: jax.Array, values: jax.Array) -> None:
     if keys.shape != values.shape or keys.ndim not in (4, 5):
         raise InvalidArgumentError(
@@ -320,7 +329,8 @@ def _encode_blocks(codec: Codec, keys, values, stats, doubt=None, **options) -> 
     """`keys`, `values`: [..., NB, B, d] originals; the rest as for `annotate`."""
     # Rounded (again): where the caller's cast to the originals' dtype is in the same program, XLA may have dropped it.
     k, v = (num.representable(x.astype(jnp.float32), x.dtype) for x in (keys, values))
-    codes = codec.encode(k, v, stats)
+    # Barriers here and for the statistics: what is measured is what is stored, not a second evaluation of it.
+    codes = lax.optimization_barrier(codec.encode(k, v, stats))
     return codes, annotate(codec, k, v, stats, codes, doubt, **options)
 
 
@@ -356,6 +366,7 @@ def _encode_prompt(keys, values, length, policy: Policy, n_blocks: int):
     if codec.scaled:
         peaks = [jnp.abs(x).max((-2, -1)).astype(jnp.float32) for x in (keys, values)]
     stats = HeadStats(key_centre=key_centre, value_centre=value_centre, key_peak=peaks[0], value_peak=peaks[1])
+    stats = lax.optimization_barrier(stats)
     blocked = (b, h, n_blocks, size, d)
     codes, notes = _encode_blocks(
         codec, keys.reshape(blocked), values.reshape(blocked), stats,

@@ -48,7 +48,8 @@ class Certificate:
         precisions with its annotations, the windows, the share of tier 1 whose fingerprints were checked. What a kernel
         that follows the plan reads; the XLA path decodes whole planes and selects.
     bytes_paged_in
-        Read from tier 2, charged once per KV head to the first query head that asked.
+        Read from tier 2, charged once per KV head to the first query head that asked. Both are float32, exact up to
+        2^24 and to 2^-24 of themselves beyond.
     out_norm
         `||O_returned||`.
     """
@@ -85,8 +86,7 @@ class Certificate:
 
 
 _COUNTS = (
-    "k_star", "n_value_promoted", "n_key_refined", "n_value_refined", "n_value_skipped", "rung", "bytes_read",
-    "bytes_paged_in",
+    "k_star", "n_value_promoted", "n_key_refined", "n_value_refined", "n_value_skipped", "rung",
 )  # fmt: skip
 
 

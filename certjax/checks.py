@@ -61,6 +61,8 @@ def scores_consistent(
 def values_consistent(residual: jax.Array, eta: jax.Array) -> jax.Array:
     """Canary: on every value block read, `||v_t - v^_t|| <= eta_t`. `[b, Hkv, NB, B]` -> `[b, Hkv]`.
 
+    `v^` is what the plan reads of tier 1 beside the original: under a budget, the centre alone, with `eta = nu`.
+
     `residual` is 0 where nothing was read; the slack is the rounding of a float32 norm.
     """
     return (residual <= eta * (1 + 2.0**-10)).all((-2, -1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from certjax.cache import TieredKVCache
@@ -48,6 +49,6 @@ def read_costs(cache: TieredKVCache) -> ReadCosts:
     )
 
 
-def bytes_of(table: tuple[int, ...], level) -> jnp.ndarray:
-    """The entry of `table` for every element of an integer array."""
-    return sum(jnp.where(level == i, n, 0) for i, n in enumerate(table))
+def bytes_of(table: tuple[int, ...], level: jax.Array) -> jax.Array:
+    """The entry of `table` for every element of an integer array: float32, as sums of bytes may exceed an int32."""
+    return sum(jnp.where(level == i, float(n), 0.0) for i, n in enumerate(table))

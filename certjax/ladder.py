@@ -178,13 +178,12 @@ def _count(problem: Problem, blocks: jax.Array) -> jax.Array:
 
 
 def _bytes_read(policy: Policy, problem: Problem, cache: TieredKVCache, plan: Plan) -> jax.Array:
-    """Bytes read on the device for a KV head, charged to its first query head: `[b, Hkv, G]` int32."""
+    """Bytes read on the device for a KV head, charged to its first query head: `[b, Hkv, G]` float32."""
     tier1 = plan_bytes(read_costs(cache), plan, problem.active)
     token = 2 * cache.head_dim * cache.ring_keys.dtype.itemsize
-    windows = problem.window_live.sum(-1) * token  # [b]
+    windows = problem.window_live.sum(-1) * float(token)  # [b]
     scrubbed = -(-cache.n_blocks // policy.scrub) * _stored_bytes_of_a_block(cache) if policy.scrub else 0
-    per_kv_head = (tier1 + windows[:, None] + scrubbed).astype(jnp.int32)
-    return jnp.zeros(plan.give_up.shape, jnp.int32).at[:, :, 0].set(per_kv_head)
+    return jnp.zeros(plan.give_up.shape).at[:, :, 0].set(tier1 + windows[:, None] + float(scrubbed))
 
 
 def _stored_bytes_of_a_block(cache: TieredKVCache) -> int:
@@ -203,4 +202,4 @@ def _bytes_paged_in(cache: TieredKVCache, plan: Plan, passed: Checks, dense: jax
     explored = passed.pages & ~plan.keys.any(2)
     blocks = first(plan.keys).sum(-1) + first(plan.values).sum(-1)
     blocks = blocks.at[:, :, 0].add(explored.sum(-1))
-    return (blocks * block + first(dense) * (2 * token * cache.capacity)).astype(jnp.int32)
+    return blocks * float(block) + first(dense) * float(2 * token * cache.capacity)

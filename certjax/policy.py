@@ -7,6 +7,7 @@ from typing import Literal
 
 from certjax.codecs import Codec, make_codec
 from certjax.errors import InvalidArgumentError
+from pallas_kernels import numerics as num
 
 
 def _require(ok: bool, message: str) -> None:
@@ -139,7 +140,10 @@ class Policy:
             f"kind must be 'paper', 'budget' or 'observe', got {self.kind!r}.",
         )
         self.make_codec()
-        _require(self.block_size >= 1, f"block_size must be at least 1, got {self.block_size}.")
+        _require(
+            1 <= self.block_size <= num.MAX_HEAD_DIM,  # norms are taken over a block's tokens too
+            f"block_size must be at least 1 and at most {num.MAX_HEAD_DIM}, got {self.block_size}.",
+        )
         _require(self.centre in ("zero", "mean"), f"centre must be 'zero' or 'mean', got {self.centre!r}.")
         for name in ("sink_tokens", "recent_tokens"):
             n = getattr(self, name)

@@ -170,7 +170,7 @@ def further(plan: Plan, more: Plan) -> Plan:
 
 
 def plan_bytes(costs: ReadCosts, plan: Plan, active: jax.Array) -> jax.Array:
-    """Bytes of tier 1 that a plan reads for a KV head: `[b, Hkv]` int32. `active`: [b, 1, 1, NB]."""
+    """Bytes of tier 1 that a plan reads for a KV head: `[b, Hkv]` float32. `active`: [b, 1, 1, NB]."""
     # Values of a block that every head of the group replaces by originals are not read.
     value_level = jnp.where(plan.values.all(2), 0, plan.value_level)
     per_block = costs.always + bytes_of(costs.keys, plan.key_level) + bytes_of(costs.values, value_level)

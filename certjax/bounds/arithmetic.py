@@ -36,20 +36,21 @@ def e_arith(
     sums: Sums,
     e_key_linear: jax.Array,
     offset: jax.Array,
-    nu_max: jax.Array,
+    reach: jax.Array,
     delta_max: jax.Array,
     eps: jax.Array,
     accumulated: jax.Array,
     n_tokens: int,
 ) -> jax.Array:
-    """All that rounding adds to `e_key + e_val`; `e_key_linear` is E_key with every token on its own.
+    """All that rounding adds to `e_key + e_val`. `e_key_linear` is E_key with every token on its own, `reach` the
+    largest nu plus the largest eta.
 
     With every Delta_t raised by eps, `e^{Delta+eps} - 1 = e^eps (e^Delta - 1) + (e^eps - 1)` and
     `L- -> e^-eps L-`; the difference to E_key, the flushed weights and the accumulation are added up.
     """
     grow = jnp.exp(eps)
     widened = (grow * grow - 1) * e_key_linear + grow * jnp.expm1(eps) * (sums.nu_mean + offset) / sums.l_minus
-    flushed = n_tokens * num.UNDERFLOW * jnp.exp(delta_max) * grow * grow / sums.l_minus * (nu_max + offset)
+    flushed = n_tokens * num.UNDERFLOW * jnp.exp(delta_max) * grow * grow / sums.l_minus * (reach + offset)
     return jnp.where(eps < num.MAX_DELTA, widened + flushed + accumulated, jnp.inf)
 
 
