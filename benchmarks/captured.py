@@ -21,20 +21,17 @@ import certjax
 from benchmarks.texts import NOVELS, novel
 from certjax.capture import capture
 
+PLAIN = dict(codec="int8_int4", annotations="bfloat16", spectral=False)
 POLICIES = {
     "paper": certjax.Policy.paper(),
     "paper, windows": certjax.Policy.paper(sink_tokens=16, recent_tokens=128),
-    "nothing promoted, windows": certjax.Policy.budget(1e6),
-    "nothing promoted, windows, planes": certjax.Policy.budget(1e6, codec="planes"),
-    "nothing promoted, windows, planes 8, 4": certjax.Policy.budget(
-        1e6, codec="planes", key_planes=(8,), value_planes=(4,)
-    ),
-    "budget 0.02, planes": certjax.Policy.budget(0.02, codec="planes"),
-    "budget 0.05, planes": certjax.Policy.budget(0.05, codec="planes"),
+    "observe, int8_int4": certjax.Policy.observe(**PLAIN),
+    "observe": certjax.Policy.observe(),
     "budget 0.02": certjax.Policy.budget(0.02),
     "budget 0.05": certjax.Policy.budget(0.05),
     "budget 0.10": certjax.Policy.budget(0.10),
-    "budget 0.05, zero centre": certjax.Policy.budget(0.05, centre="zero"),
+    "budget 0.05, equal": certjax.Policy.budget(0.05, allotment="equal"),
+    "budget 0.05, int8_int4": certjax.Policy.budget(0.05, **PLAIN),
 }
 
 

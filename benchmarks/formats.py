@@ -41,6 +41,7 @@ FORMATS: dict[str, dict] = {
     "planes, whole": {"refine": False},
     "planes, not rotated": {"rotate": False},
     "planes, not centred": {"centre": "zero"},
+    "planes, all values centred": {"centre": "mean"},
     "planes, companded 1.25": {"codec": "companded"},
     "planes, companded 1.5": {"codec": "companded_more"},
     "planes, not spectral": {"spectral": False},
@@ -72,7 +73,7 @@ class Companded(Planes):
         codes = {}
         for name, x, centre in (("k", keys, stats.key_centre), ("v", values, stats.value_centre)):
             y = self.to_basis(x - centre[..., None, None, :])
-            peak = jnp.abs(y).max(-1)
+            peak = num.round_up_bf16(jnp.abs(y).max(-1)).astype(jnp.float32)  # as it is going to be stored
             t = y / jnp.where(peak > 0, peak, 1.0)[..., None]
             # Short of 1, so that the uniform grid's scale is the power of two that decoding takes for granted.
             codes[name] = SHORT * jnp.sign(t) * jnp.abs(t) ** (1 / self.power), peak
@@ -81,11 +82,9 @@ class Companded(Planes):
             HeadStats(jnp.zeros_like(stats.key_centre), jnp.zeros_like(stats.value_centre)),
         )
         # The scale a token keeps is that of its own numbers; the grid's is the same for all.
-        return uniform.replace(k_scale=self._peak(codes["k"][1]), v_scale=self._peak(codes["v"][1]))
-
-    @staticmethod
-    def _peak(peak: jax.Array) -> jax.Array:
-        return num.round_up_bf16(peak)
+        return uniform.replace(
+            k_scale=codes["k"][1].astype(jnp.bfloat16), v_scale=codes["v"][1].astype(jnp.bfloat16)
+        )
 
     def _dequantize(self, planes, scale: jax.Array, widths: tuple[int, ...], level: Level) -> jax.Array:
         half = 2.0 ** (sum(widths) - 1)

@@ -304,6 +304,10 @@ MAX_CAPACITY = 2**22
 """Tokens a cache may hold: the float32 sums of the certificate are proved up to here (docs/bounds.md, section 9)."""
 
 
+CLOSER = 0.95
+"""`centre="auto"` takes the mean of values as their centre where it shortens them by 5% on average. Elsewhere a few
+long tokens make the mean, and subtracting it makes the many short ones longer (docs/study.md)."""
+
 MAX_DEPTH = 2**19 - 2
 """Longest chain of additions, a block's and then one a block, for which the bound's own rounding is paid for."""
 
@@ -334,11 +338,11 @@ def _encode_blocks(codec: Codec, keys, values, stats, doubt=None, **options) -> 
     return codes, annotate(codec, k, v, stats, codes, doubt, **options)
 
 
-def _prompt_centre(policy: Policy, x: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Centre of the keys or values `x` [b, Hkv, N, d] of a prompt: [b, Hkv, d] float32, and how far two evaluations
-    of it can lie apart [b, Hkv]."""
+def _prompt_centre(x: jax.Array, length: jax.Array, mean: bool, closer: bool = False) -> tuple[jax.Array, jax.Array]:
+    """The mean of the keys or values `x` [b, Hkv, N, d] of a prompt, or zero: [b, Hkv, d] float32, and how far two
+    evaluations of it can lie apart [b, Hkv]. `closer`: the mean only where it brings the tokens closer."""
     b, h, n, d = x.shape
-    if policy.centre == "zero":
+    if not mean:
         return jnp.zeros((b, h, d), jnp.float32), jnp.zeros((b, h), jnp.float32)
     weight = (1.0 / jnp.maximum(length, 1)).astype(jnp.float32)[:, None, None, None]
     weight = jnp.broadcast_to(weight, (b, h, 1, n))
@@ -346,6 +350,10 @@ def _prompt_centre(policy: Policy, x: jax.Array, length: jax.Array) -> tuple[jax
     centre = num.weighted_sum(weight, x)[:, :, 0]
     magnitude = num.norm_up(num.weighted_sum(weight, jnp.abs(x))[:, :, 0])
     usable = jnp.isfinite(magnitude)
+    if closer:
+        live = (jnp.arange(n) < length[:, None])[:, None]
+        before, after = (jnp.where(live, num.norm_up(y), 0.0).sum(-1) for y in (x, x - centre[:, :, None]))
+        usable &= after < CLOSER * before
     return (
         jnp.where(usable[..., None], centre, 0.0),
         jnp.where(usable, 2 * num.gamma(num.sum_depth(n) + 4) * magnitude, 0.0),
@@ -360,8 +368,8 @@ def _encode_prompt(keys, values, length, policy: Policy, n_blocks: int):
     valid = (jnp.arange(n_blocks * size) < length[:, None])[:, None, :, None]
     keys, values = (jnp.where(valid, jnp.pad(x, grow), 0) for x in (keys, values))
 
-    key_centre, key_doubt = _prompt_centre(policy, keys, length)
-    value_centre, value_doubt = _prompt_centre(policy, values, length)
+    key_centre, key_doubt = _prompt_centre(keys, length, policy.centre != "zero")
+    value_centre, value_doubt = _prompt_centre(values, length, policy.centre != "zero", policy.centre == "auto")
     codec, peaks = policy.make_codec(), (None, None)
     if codec.scaled:
         peaks = [jnp.abs(x).max((-2, -1)).astype(jnp.float32) for x in (keys, values)]

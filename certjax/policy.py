@@ -40,8 +40,8 @@ class Policy:
     spectral
         Keep spectral norms of the blocks' residuals, and take the tighter bound that they allow.
     centre
-        Per KV head, what `planes` subtracts from keys and values, and `c` in `nu_t = ||v_t - c||`: "zero", or
-        "mean" of the prompt.
+        Per KV head, what `planes` subtracts from keys and values, and `c` in `nu_t = ||v_t - c||`: "zero", the prompt's
+        "mean", or "auto": its mean for keys, and for the values of those heads that it shortens.
     sink_tokens, recent_tokens
         Windows kept on the device in original precision, multiples of `block_size`.
     tolerance, relative_to
@@ -83,7 +83,7 @@ class Policy:
     fp8_scale: Literal["tensor", "head"] = "tensor"
     annotations: Literal["bfloat16", "byte"] = "bfloat16"
     spectral: bool = False
-    centre: Literal["zero", "mean"] = "zero"
+    centre: Literal["zero", "mean", "auto"] = "zero"
     sink_tokens: int = 0
     recent_tokens: int = 0
     tolerance: float | None = None
@@ -130,7 +130,7 @@ class Policy:
         block = max(overrides.get("block_size", cls.block_size), 1)  # what is below 1 is refused with its own message
         sink, recent = (-(-n // block) * block for n in (16, 128))
         return {
-            "codec": "planes", "annotations": "byte", "spectral": True, "centre": "mean", "sink_tokens": sink,
+            "codec": "planes", "annotations": "byte", "spectral": True, "centre": "auto", "sink_tokens": sink,
             "recent_tokens": recent, "ranking_depth": 0, "scrub": 128,
         }  # fmt: skip
 
@@ -144,7 +144,9 @@ class Policy:
             1 <= self.block_size <= num.MAX_HEAD_DIM,  # norms are taken over a block's tokens too
             f"block_size must be at least 1 and at most {num.MAX_HEAD_DIM}, got {self.block_size}.",
         )
-        _require(self.centre in ("zero", "mean"), f"centre must be 'zero' or 'mean', got {self.centre!r}.")
+        _require(
+            self.centre in ("zero", "mean", "auto"), f"centre must be 'zero', 'mean' or 'auto', got {self.centre!r}."
+        )
         for name in ("sink_tokens", "recent_tokens"):
             n = getattr(self, name)
             _require(

@@ -103,7 +103,9 @@ POLICIES = {
     ),
     "planes": Policy.budget(0.02, sink_tokens=16, recent_tokens=16),
     "planes_loose": Policy.budget(100.0, key_planes=(8,), value_planes=(2,), sink_tokens=0, recent_tokens=0),
-    "planes_fine": Policy.budget(0.1, key_planes=(4, 4, 4), value_planes=(2, 2, 2), sink_tokens=0, recent_tokens=0),
+    "planes_fine": Policy.budget(
+        0.1, key_planes=(4, 4, 4), value_planes=(2, 2, 2), sink_tokens=0, recent_tokens=0, centre="mean"
+    ),
     "planes_whole": Policy.observe(key_planes=(8, 2), value_planes=(4,), refine=False, sink_tokens=0, recent_tokens=0),
     "fp8": Policy.budget(0.2, codec="fp8_e4m3", sink_tokens=0, recent_tokens=16, fp8_scale="head"),
     "fp8_tensor": Policy.observe(codec="fp8_e4m3", sink_tokens=0, recent_tokens=0),

@@ -23,7 +23,7 @@ REFUSED = [
     ("block_size", -16, "at least 1"),
     ("group_size", 0, "at least 1"),
     ("key_metadata", "float64", "'float32' or 'float16'"),
-    ("centre", "median", "'zero' or 'mean'"),
+    ("centre", "median", "'zero', 'mean' or 'auto'"),
     ("sink_tokens", -16, "multiple of block_size=16"),
     ("sink_tokens", 8, "multiple of block_size=16"),
     ("recent_tokens", -1, "multiple of block_size=16"),
@@ -88,7 +88,7 @@ def test_paper_preset_has_the_papers_numbers_and_no_windows():
 def test_budget_preset_keeps_windows_and_centres_the_values():
     policy = Policy.budget()
     assert (policy.kind, policy.tolerance, policy.relative_to) == ("budget", 0.05, "layer")
-    assert (policy.sink_tokens, policy.recent_tokens, policy.centre) == (16, 128, "mean")
+    assert (policy.sink_tokens, policy.recent_tokens, policy.centre) == (16, 128, "auto")
     assert policy.ranking_depth == 0
 
 
