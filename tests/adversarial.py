@@ -115,6 +115,10 @@ POLICIES = {
 }
 
 
+CORE = ("paper", "paper_planes", "budget", "planes", "planes_fine", "planes_whole", "fp8", "kivi_int2")
+"""What every run of the suite looks at; the others take part in long runs (compiling each takes ten seconds)."""
+
+
 @functools.cache
 def lengths_pool() -> np.ndarray:
     """Lengths around every block edge that the capacity allows."""

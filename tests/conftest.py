@@ -25,6 +25,13 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def released_programs():
+    """A worker that keeps the programs of all modules runs out of memory maps, and XLA then crashes."""
+    yield
+    jax.clear_caches()
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":

@@ -11,6 +11,7 @@ import collections
 import functools
 import itertools
 import sys
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -49,11 +50,11 @@ def check(inputs, policy: Policy) -> dict[str, np.ndarray]:
     }
 
 
-def cases(seed: int):
+def cases(seed: int, policies: Sequence[str]):
     """Endless draws: every pair of families, scales, dtypes and policies, in random order."""
     rng = np.random.default_rng(seed)
     names = list(adv.FAMILIES)
-    for policy in itertools.cycle(adv.POLICIES):
+    for policy in itertools.cycle(policies):
         choice = (
             rng.choice(names), rng.choice(names), rng.choice(adv.QUERY_SCALES), rng.choice(adv.DATA_SCALES),
             rng.choice(adv.DATA_SCALES), rng.choice(list(adv.DTYPES)),
@@ -61,12 +62,14 @@ def cases(seed: int):
         yield policy, choice, adv.draw(rng, *choice)
 
 
-def run(head_steps: int, seed: int = 0, progress: bool = True) -> collections.Counter:
+def run(
+    head_steps: int, seed: int = 0, progress: bool = True, policies: Sequence[str] = tuple(adv.POLICIES)
+) -> collections.Counter:
     """Check at least `head_steps` head-steps; returns counts and prints tightness quantiles."""
     totals, ratios, centred = collections.Counter(), [], []
     with Progress(disable=not progress) as bar:
         task = bar.add_task("head-steps", total=head_steps)
-        for policy, choice, inputs in cases(seed):
+        for policy, choice, inputs in cases(seed, policies):
             result = check(inputs, adv.POLICIES[policy])
             n = result["error"].size
             totals["head_steps"] += n

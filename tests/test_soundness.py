@@ -9,8 +9,11 @@ from tests import adversarial as adv
 from tests import soundness
 
 
-@pytest.mark.parametrize("policy", adv.POLICIES.values(), ids=adv.POLICIES)
-@settings(max_examples=20)
+@pytest.mark.parametrize(
+    "policy",
+    [pytest.param(p, id=name, marks=() if name in adv.CORE else pytest.mark.long) for name, p in adv.POLICIES.items()],
+)
+@settings(max_examples=15)
 @given(
     seed=st.integers(0, 2**32 - 1),
     key_family=st.sampled_from(sorted(adv.FAMILIES)),
@@ -33,16 +36,16 @@ def test_bound_holds_for_every_family_at_every_query_scale(key_family, dtype):
     rng = np.random.default_rng(11)
     for query_scale in adv.QUERY_SCALES:
         inputs = adv.draw(rng, key_family, key_family, query_scale, 1.0, 1.0, dtype)
-        for policy in (adv.POLICIES["budget_loose"], adv.POLICIES["paper_clamped"]):
+        for policy in (adv.POLICIES["planes_whole"], adv.POLICIES["paper"]):
             assert not soundness.check(inputs, policy)["violation"].any()
 
 
-def test_a_hundred_thousand_head_steps_have_no_violation():
-    totals = soundness.run(100_000, seed=1, progress=False)
-    assert totals["head_steps"] >= 100_000
+def test_forty_thousand_head_steps_have_no_violation():
+    totals = soundness.run(40_000, seed=1, progress=False, policies=adv.CORE)
+    assert totals["head_steps"] >= 40_000
     assert totals["violations"] == totals["contract_broken"] == totals["canary_alarms"] == 0
     # The run means something only if every rung was climbed on the way.
-    assert all(totals[f"rung_{r}"] > 1000 for r in (0, 1, 2, 3))
+    assert all(totals[f"rung_{r}"] > 500 for r in (0, 1, 2, 3))
 
 
 @pytest.mark.long
@@ -60,5 +63,5 @@ def test_the_harness_notices_an_unsound_bound(monkeypatch):
         return out, record.replace(e_total=record.e_total * 0.25)
 
     monkeypatch.setattr(soundness, "certify", halved)
-    totals = soundness.run(20_000, seed=3, progress=False)
+    totals = soundness.run(20_000, seed=3, progress=False, policies=adv.CORE)
     assert totals["violations"] > 0
