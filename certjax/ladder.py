@@ -62,7 +62,8 @@ def allotted(policy: Policy, out: jax.Array, e_total: jax.Array) -> jax.Array:
         return tolerance
     largest = e_total.max((1, 2), keepdims=True)
     usable = (largest > 0) & jnp.isfinite(largest)
-    shares = e_total / jnp.where(usable, largest, 1.0)
+    # Scaled, so that no square overflows or vanishes, by what has a normal reciprocal.
+    shares = e_total / jnp.where(usable, jnp.clip(largest, 2.0**-100, 2.0**100), 1.0)
     rms = jnp.sqrt(jnp.square(shares).mean((1, 2), keepdims=True))
     # Bounds of zero leave every head the whole; an infinite or undefined bound fits nothing.
     fitted = jnp.where(usable, tolerance / jnp.where(usable, rms, 1.0) * shares, 0.0)

@@ -42,5 +42,5 @@ def value_terms(
 def _norm(p: jax.Array, x: jax.Array) -> jax.Array:
     """`||(p_t x_t)_t||` over the last axis: in shares of the block's mass, so that no square of a small weight is
     flushed."""
-    mass = p.sum(-1, keepdims=True)
-    return mass[..., 0] * num.norm_up(p / jnp.where(mass > 0, mass, 1.0) * x)
+    mass = jnp.maximum(p.sum(-1, keepdims=True), 2.0**-100)  # its reciprocal must be a normal number
+    return mass[..., 0] * num.norm_up(p / mass * x)

@@ -37,7 +37,9 @@ def store(x: jax.Array, form: NoteFormat) -> Note:
         return num.round_up_bf16(x)
     peak = num.round_up_bf16(x.max(-1))
     wide = peak.astype(jnp.float32)[..., None]
-    ratio = x / jnp.where((wide > 0) & jnp.isfinite(wide), wide, 1.0)
+    # Some compilers divide by multiplying with the reciprocal, which must be a normal number.
+    unit = jnp.where(wide > 2.0**100, 2.0**-60, jnp.where(wide < 2.0**-100, 2.0**60, 1.0))
+    ratio = (x * unit) / jnp.where((wide > 0) & jnp.isfinite(wide), wide * unit, 1.0)
     share = jnp.clip(jnp.ceil(ratio * (STEPS * (1 + 2.0**-20))), 0, STEPS)
     share = jnp.where(x > 0, jnp.maximum(share, 1), 0)  # a ratio may be flushed to zero, a residual may not
     return Shares(peak=peak, share=share.astype(jnp.uint8))
