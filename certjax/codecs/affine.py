@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from certjax.codecs import packing
-from certjax.codecs.base import Doubt, HeadStats, Level
+from certjax.codecs.base import Doubt, HeadStats, Level, Unturned
 from certjax.errors import InvalidArgumentError
 from pallas_kernels import numerics as num
 
@@ -36,7 +36,7 @@ class AffineCodes:
 
 
 @dataclasses.dataclass(frozen=True)
-class Affine:
+class Affine(Unturned):
     """The codec. `group_size` is `g`; `key_metadata` is the dtype of sigma and z.
 
     Raises
@@ -52,7 +52,6 @@ class Affine:
     key_metadata: str = "float32"
     key_levels = 1
     value_levels = 1
-    centred = False
     scaled = False
 
     def __post_init__(self):
@@ -132,15 +131,6 @@ class Affine:
         step = codes.v_scale.astype(jnp.float32)[..., None]
         offset = codes.v_zero.astype(jnp.float32)[..., None]
         return _affine(grouped, step, offset).reshape(both.shape)
-
-    def to_basis(self, x: jax.Array) -> jax.Array:
-        return x
-
-    def from_basis(self, y: jax.Array) -> jax.Array:
-        return y
-
-    def rounding(self, d: int) -> float:
-        return 0.0
 
     def key_slack(self, codes: AffineCodes, level: int, stats: HeadStats, doubt: Doubt) -> jax.Array:
         """`4 u` times the norm of `|z| + 2^(b-1) sigma`."""

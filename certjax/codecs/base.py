@@ -115,6 +115,21 @@ class Codec(Protocol):
         """The same for its values."""
 
 
+class Unturned:
+    """Of codecs that keep the originals' basis and centre."""
+
+    centred = False
+
+    def to_basis(self, x: jax.Array) -> jax.Array:
+        return x
+
+    def from_basis(self, y: jax.Array) -> jax.Array:
+        return y
+
+    def rounding(self, d: int) -> float:
+        return 0.0
+
+
 def decode_keys(codec: Codec, codes: Codes, stats: HeadStats, level: Level) -> jax.Array:
     """`k^`: what tier 1 says the keys are, float32 `[..., NB, B, d]`, in their original basis."""
     return _decode(codec, codec.keys(codes, level), stats.key_centre)

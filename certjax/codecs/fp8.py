@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from certjax.codecs.base import Doubt, HeadStats, Level
+from certjax.codecs.base import Doubt, HeadStats, Level, Unturned
 from certjax.errors import InvalidArgumentError
 from pallas_kernels import numerics as num
 
@@ -33,7 +33,7 @@ class Fp8Codes:
 
 
 @dataclasses.dataclass(frozen=True)
-class Fp8:
+class Fp8(Unturned):
     """The codec. `fp8_scale`: one scale for the layer's tensor of a sequence ("tensor"), or one a KV head ("head").
 
     Raises
@@ -46,7 +46,6 @@ class Fp8:
     name: str = dataclasses.field(default="fp8_e4m3", init=False)
     key_levels = 1
     value_levels = 1
-    centred = False
     scaled = True
 
     def __post_init__(self):
@@ -73,15 +72,6 @@ class Fp8:
     def values(self, codes: Fp8Codes, level: Level) -> jax.Array:
         del level
         return codes.v_codes.astype(jnp.float32) * codes.v_scale[..., None, None]
-
-    def to_basis(self, x: jax.Array) -> jax.Array:
-        return x
-
-    def from_basis(self, y: jax.Array) -> jax.Array:
-        return y
-
-    def rounding(self, d: int) -> float:
-        return 0.0
 
     def key_slack(self, codes: Fp8Codes, level: int, stats: HeadStats, doubt: Doubt) -> jax.Array:
         """`4 u ||k^||`: one product, rounded or contracted into what follows."""
