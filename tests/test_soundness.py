@@ -13,7 +13,7 @@ from tests import soundness
     "policy",
     [pytest.param(p, id=name, marks=() if name in adv.CORE else pytest.mark.long) for name, p in adv.POLICIES.items()],
 )
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(
     seed=st.integers(0, 2**32 - 1),
     key_family=st.sampled_from(sorted(adv.FAMILIES)),
