@@ -19,7 +19,8 @@ from rich.progress import track
 
 import certjax
 from benchmarks.texts import NOVELS, novel
-from certjax.capture import capture
+from certjax.audit import exact
+from certjax.capture import Captured, capture
 
 PLAIN = dict(codec="int8_int4", annotations="bfloat16", spectral=False)
 POLICIES = {
@@ -48,16 +49,6 @@ def certify(q, keys, values, length, policy):
     return jax.lax.map(layer, (q, keys, values))
 
 
-def exact(q, keys, values, n):
-    """`O*` of one query position, float64: [L, Hq, d]."""
-    layers, heads, d = q.shape
-    q = np.asarray(q, np.float64).reshape(layers, keys.shape[2], -1, d)
-    k, v = (np.asarray(x[:, 0, :, :n], np.float64) for x in (keys, values))
-    s = q @ k.swapaxes(-1, -2) / np.sqrt(d)
-    w = np.exp(s - s.max(-1, keepdims=True))
-    return ((w / w.sum(-1, keepdims=True)) @ v).reshape(layers, heads, d)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--novel", choices=NOVELS, default="emma")
@@ -70,18 +61,19 @@ def main() -> None:
     tokens = model.tokenizer.encode(novel(args.novel))[: args.tokens]
     seen = capture(model, tokens, n_queries=256)
     picked = np.linspace(0, 255, args.queries).astype(int)
-    keys, values = np.asarray(seen.keys), np.asarray(seen.values)
-    truth = {i: exact(seen.q[:, i], keys, values, seen.positions[i] + 1) for i in picked}
+    positions = [seen.positions[i] for i in picked]
+    seen = Captured(q=seen.q[:, picked], keys=seen.keys, values=seen.values)
+    truth = exact(seen, positions)  # [P, L, Hq, d]
     rows = []
     for name, policy in track(POLICIES.items(), "policies", disable=args.json):
         outs, records = [], []
-        for i in picked:
-            length = jnp.int32(seen.positions[i] + 1)
+        for i, position in enumerate(positions):
+            length = jnp.int32(position + 1)
             out, record = jax.device_get(certify(seen.q[:, i], seen.keys, seen.values, length, policy))
             outs.append(np.linalg.norm(out.astype(np.float64) - truth[i], axis=-1))
             records.append(record)
         record = jax.tree.map(lambda *x: np.stack(x), *records)  # [P, L, Hq]
-        rows.append({"policy": name, **_summary(policy, np.stack(outs), record, np.stack([truth[i] for i in picked]))})
+        rows.append({"policy": name, **_summary(policy, np.stack(outs), record, truth)})
     failed = any(row["violations"] or row["contract_broken"] for row in rows)
     if args.json:
         print(json.dumps(rows, indent=2))

@@ -66,8 +66,7 @@ def certified_attention(
 def naive_attention(q: jax.Array, cache: TieredKVCache) -> jax.Array:
     """Attention over tier 1 and the windows alone, nothing checked: `[batch, Hq, d]` float32."""
     problem = reading.build(_grouped(q, cache), cache)
-    keys = reading.read_keys(problem, cache, cache.codec.key_levels - 1)
-    values = reading.read_values(problem, cache, cache.codec.value_levels)
+    keys, values, _ = _finest(problem, cache)
     return _flat(att.unchecked(problem, cache, keys, values))
 
 

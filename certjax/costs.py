@@ -32,15 +32,14 @@ class ReadCosts:
 
 def read_costs(cache: TieredKVCache) -> ReadCosts:
     """Costs of the blocks of a cache, from its codec and the way its annotations are stored."""
-    codec, size, notes = cache.codec, cache.block_size, cache.notes
+    codec, size, form = cache.codec, cache.block_size, cache.note_form
     key_bytes, value_bytes = codec.key_bytes(size, cache.head_dim), codec.value_bytes(size, cache.head_dim)
     original = size * cache.head_dim * cache.ring_keys.dtype.itemsize
-    in_bytes = isinstance(notes.nu, nt.Shares)
-    note = nt.nbytes(size, "byte" if in_bytes else "bfloat16")
+    note = nt.nbytes(size, form)
     # Planning looks at block peaks, which bytes come with; without them it has to read every annotation.
-    later = note - 2 if in_bytes else 0
+    later = note - 2 if form == "byte" else 0
     levels = codec.key_levels - 1 + codec.value_levels
-    spectral = 0 if notes.sigma_k is None else 2 * (codec.key_levels + 1 + codec.value_levels)
+    spectral = 2 * (codec.key_levels + 1 + codec.value_levels) if cache.spectral else 0
     k_norm = 2
     return ReadCosts(
         always=key_bytes[0] + 2 * note + levels * (note - later) + spectral + k_norm,
