@@ -4,6 +4,7 @@ from certjax.attention import certified_attention, dense_attention, naive_attent
 from certjax.cache import TieredKVCache
 from certjax.certificate import Certificate
 from certjax.errors import CertjaxError, ContextLengthError, InvalidArgumentError, MissingTier2Error
+from certjax.fused.dispatch import pick_backend
 from certjax.generate import Generation, generate, stream
 from certjax.model import Model, load
 from certjax.models.llama.config import LlamaConfig
@@ -22,6 +23,7 @@ __all__ = [
     "TieredKVCache",
     "certified_attention",
     "dense_attention",
+    "pick_backend",
     "naive_attention",
     "Certificate",
     "CertjaxError",

@@ -17,6 +17,8 @@ from certjax.cache import TieredKVCache
 from certjax.certificate import Certificate
 from certjax.costs import read_costs
 from certjax.errors import InvalidArgumentError
+from certjax.fused.attention import fused_attention, fused_naive
+from certjax.fused.dispatch import FUSED, kernels_of, pick_backend
 from certjax.policy import Policy
 from pallas_kernels import numerics as num
 from pallas_kernels.attend.reference import block_log_mass
@@ -55,12 +57,46 @@ def certified_attention(
         If the originals are missing or not in host memory.
     """
     cache.require_tier2()
-    problem = reading.build(_grouped(q, cache), cache)
+    groups = _grouped(q, cache)
+    backend = pick_backend(policy, cache, q.shape[1])
+    if backend in FUSED and cache.layer is None:  # a view of one layer has been copied out of the stack already
+        sound = checks.fingerprints_ok(cache, policy.scrub).all(1) if policy.scrub else jnp.ones(q.shape[0], bool)
+        kernels = kernels_of(backend, groups.shape[0] * groups.shape[1])
+        out, certificate = fused_attention(groups, cache.stacked(), jnp.int32(0), policy, kernels, sound)
+        return _flat(out), _flat_record(certificate)
+    problem = reading.build(groups, cache)
     attempt = {"paper": _by_mass, "budget": _within_budget, "observe": _as_stored}[policy.kind]
     plan, candidate, passed = attempt(policy, problem, cache)
     sound = _preconditions(policy, problem, cache, candidate, passed)
     out, certificate = ladder.climb(policy, problem, cache, plan, candidate, passed, sound)
-    return _flat(out), jax.tree.map(lambda x: x.reshape(x.shape[0], -1), certificate)
+    return _flat(out), _flat_record(certificate)
+
+
+def certified_layer(
+    q: jax.Array, cache: TieredKVCache, layer: jax.Array, policy: Policy
+) -> tuple[jax.Array, Certificate]:
+    """`certified_attention` for layer `layer` of a stacked cache, as a decode loop calls it.
+
+    Fused kernels read the stack in place and take `cache.sound` for the outcome of the fingerprints, which `scrub`
+    checks once a step for all layers.
+    """
+    backend = pick_backend(policy, cache, q.shape[1])
+    if backend not in FUSED:
+        return certified_attention(q, cache.at(layer), policy)
+    cache.require_tier2()
+    groups = _grouped(q, cache)
+    kernels = kernels_of(backend, groups.shape[0] * groups.shape[1])
+    out, certificate = fused_attention(groups, cache, layer, policy, kernels, cache.sound)
+    return _flat(out), _flat_record(certificate)
+
+
+def naive_layer(q: jax.Array, cache: TieredKVCache, layer: jax.Array, policy: Policy) -> jax.Array:
+    """`naive_attention` for layer `layer` of a stacked cache."""
+    backend = pick_backend(policy, cache, q.shape[1])
+    if backend not in FUSED:
+        return naive_attention(q, cache.at(layer))
+    groups = _grouped(q, cache)
+    return _flat(fused_naive(groups, cache, layer, policy, kernels_of(backend, groups.shape[0] * groups.shape[1])))
 
 
 def naive_attention(q: jax.Array, cache: TieredKVCache) -> jax.Array:
@@ -221,13 +257,17 @@ def _preconditions(policy, problem: reading.Problem, cache: TieredKVCache, candi
 
 
 def _grouped(q: jax.Array, cache: TieredKVCache) -> jax.Array:
-    batch, n_kv_heads, _, d = cache.ring_keys.shape
+    batch, n_kv_heads, _, d = cache.ring_keys.shape[-4:]
     if q.ndim != 3 or q.shape[0] != batch or q.shape[2] != d or q.shape[1] % n_kv_heads:
         raise InvalidArgumentError(
             f"q must be [batch, Hq, d] with batch={batch}, d={d} and Hq a multiple of Hkv={n_kv_heads}; "
             f"got {q.shape}."
         )
     return num.representable(q.astype(jnp.float32), q.dtype).reshape(batch, n_kv_heads, -1, d)
+
+
+def _flat_record(certificate: Certificate) -> Certificate:
+    return jax.tree.map(lambda x: x.reshape(x.shape[0], -1), certificate)
 
 
 def _flat(out: jax.Array) -> jax.Array:

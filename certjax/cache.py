@@ -13,15 +13,19 @@ A block is encoded once, when its last token arrives, and is never touched again
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
 from certjax import host
-from certjax.codecs import Annotations, Codec, Doubt, HeadStats, annotate, fingerprint
+from certjax.codecs import Annotations, Codec, HeadStats, fingerprint
 from certjax.codecs.base import Codes
 from certjax.codecs.notes import Shares
+from certjax.encode import close_block, encode_blocks, encode_prompt
 from certjax.errors import ContextLengthError, InvalidArgumentError, MissingTier2Error
 from certjax.policy import Policy
 from pallas_kernels import numerics as num
@@ -44,6 +48,7 @@ class TieredKVCache:
     host_values: jax.Array | None
     length: jax.Array  # [b] int32, tokens held
     layer: jax.Array | None = None  # [] int32: tier 2 of this view is layer `layer` of a stacked one
+    sound: jax.Array | None = None  # [b] bool, outcome of the fingerprints checked so far (`checks.scrubbed`)
     codec: Codec = struct.field(pytree_node=False, default=None)
     block_size: int = struct.field(pytree_node=False, default=16)
 
@@ -140,7 +145,7 @@ class TieredKVCache:
         kind = host.host_memory_kind()
 
         def one_layer(kv):
-            return _encode_prompt(*kv, length, policy, n_blocks)
+            return encode_prompt(*kv, length, policy, n_blocks)
 
         build = one_layer if keys.ndim == 4 else lambda kv: lax.map(one_layer, kv)
         device_leaves, originals = build((keys, values))
@@ -149,6 +154,7 @@ class TieredKVCache:
             host_keys=host.to_host(originals[0], kind),
             host_values=host.to_host(originals[1], kind),
             length=length,
+            sound=jnp.ones(length.shape, bool),
             codec=policy.make_codec(),
             block_size=block,
         )
@@ -164,12 +170,18 @@ class TieredKVCache:
         leaves = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, layer, 0, keepdims=False), stacked)
         return self.replace(**dict(zip(names, leaves, strict=True)), layer=layer)
 
+    def stacked(self) -> TieredKVCache:
+        """A one-layer cache as a stack of one."""
+        alone = ("length", "layer", "sound", "codec", "block_size")
+        leaves = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in alone}
+        return self.replace(**jax.tree.map(lambda x: x[None], leaves))
+
     # -- growth ---------------------------------------------------------------------------------------
 
     def append(self, k: jax.Array, v: jax.Array) -> TieredKVCache:
         """Add one token per sequence to a one-layer cache. `k`, `v`: `[batch, Hkv, d]`.
 
-        The block the token completes is encoded at once. A full cache is left as it is by the write (the
+        The block that the token completes is encoded. A full cache is left as it is by the write (the
         caller sees it from `length`); `generate` sizes the cache so that this does not happen.
 
         Raises
@@ -189,9 +201,30 @@ class TieredKVCache:
             )
         return self.write(k, v).advance()
 
-    def advance(self) -> TieredKVCache:
-        """Count the token that `write` stored, once for all layers."""
+    def counting(self) -> TieredKVCache:
+        """With the token that `write` stored counted: what a query of that token attends to."""
         return self.replace(length=self.length + 1)
+
+    def advance(self) -> TieredKVCache:
+        """Count the token that `write` stored, once for all layers, and encode the blocks that it completed.
+
+        A block leaves the ring, and is read from tier 1, a step later at the earliest. One conditional for all layers:
+        of 16 steps, 15 complete nothing and skip the encoding.
+        """
+        cache = self.counting()
+        size, lead = self.block_size, self.ring_keys.ndim - 4  # 1 where stacked
+        closes = (cache.length % size == 0) & (cache.length <= self.capacity)
+        rings = [x.reshape(*x.shape[:-2], -1, size, x.shape[-1]) for x in (self.ring_keys, self.ring_values)]
+        encode = functools.partial(_encoder, codec=self.codec, form=self.note_form, spectral=self.spectral)
+
+        def close(stored):
+            for row in range(cache.length.shape[0]):
+                block = cache.length[row] // size - 1
+                stored = close_block(stored, rings, self.stats, row, block, closes[row], lead, encode)
+            return stored
+
+        codes, notes = lax.cond(closes.any(), close, lambda stored: stored, (self.codes, self.notes))
+        return cache.replace(codes=codes, notes=notes)
 
     def write(self, k: jax.Array, v: jax.Array, layer: jax.Array | None = None) -> TieredKVCache:
         """Store one token per sequence, `[batch, Hkv, d]`, at position `length` (of layer `layer` when the
@@ -226,19 +259,6 @@ class TieredKVCache:
                 old = _take(sink, (*at, row), 1, there, 1)
                 token = jnp.where(pos < sink.shape[-2], num.cast(token[:, None], sink.dtype), old)
                 new[name] = _put(sink, token, (*at, row), 1, there)
-
-        closes = room & (offset == size - 1)
-
-        def close(stored):
-            stats = jax.tree.map(lambda x: _take(x, (*at, row), 0, 0, k.shape[0]), self.stats)
-            encoded = _encode_blocks(
-                self.codec, k_block[:, None], v_block[:, None], stats, form=self.note_form, spectral=self.spectral
-            )  # [Hkv, 1, ...]
-            return jax.tree.map(lambda x, e: _put(x, e, (*at, row), 1, block), stored, encoded)
-
-        # 15 steps of 16 close nothing and skip the encoding.
-        stored = (self.codes, self.notes)
-        new["codes"], new["notes"] = lax.cond(closes, close, lambda stored: stored, stored)
 
         if self.host_keys is not None:
             there = jnp.minimum(pos, self.capacity - 1)
@@ -304,10 +324,6 @@ MAX_CAPACITY = 2**22
 """Tokens a cache may hold: the float32 sums of the certificate are proved up to here (docs/bounds.md, section 9)."""
 
 
-CLOSER = 0.95
-"""`centre="auto"` takes the mean of values as their centre where it shortens them by 5% on average. Elsewhere a few
-long tokens make the mean, and subtracting it makes the many short ones longer (docs/study.md)."""
-
 MAX_DEPTH = 2**19 - 2
 """Longest chain of additions, a block's and then one a block, for which the bound's own rounding is paid for."""
 
@@ -329,95 +345,8 @@ def _check_originals(keys: jax.Array, values: jax.Array) -> None:
         )
 
 
-def _encode_blocks(codec: Codec, keys, values, stats, doubt=None, **options) -> tuple[Codes, Annotations]:
-    """`keys`, `values`: [..., NB, B, d] originals; the rest as for `annotate`."""
-    # Rounded (again): where the caller's cast to the originals' dtype is in the same program, XLA may have dropped it.
-    k, v = (num.representable(x.astype(jnp.float32), x.dtype) for x in (keys, values))
-    # Barriers here and for the statistics: what is measured is what is stored, not a second evaluation of it.
-    codes = lax.optimization_barrier(codec.encode(k, v, stats))
-    return codes, annotate(codec, k, v, stats, codes, doubt, **options)
-
-
-def _prompt_centre(x: jax.Array, length: jax.Array, mean: bool, closer: bool = False) -> tuple[jax.Array, jax.Array]:
-    """The mean of the keys or values `x` [b, Hkv, N, d] of a prompt, or zero: [b, Hkv, d] float32, and how far two
-    evaluations of it can lie apart [b, Hkv]. `closer`: the mean only where it brings the tokens closer."""
-    b, h, n, d = x.shape
-    if not mean:
-        return jnp.zeros((b, h, d), jnp.float32), jnp.zeros((b, h), jnp.float32)
-    weight = (1.0 / jnp.maximum(length, 1)).astype(jnp.float32)[:, None, None, None]
-    weight = jnp.broadcast_to(weight, (b, h, 1, n))
-    x = x.astype(jnp.float32)  # zero beyond the length
-    centre = num.weighted_sum(weight, x)[:, :, 0]
-    magnitude = num.norm_up(num.weighted_sum(weight, jnp.abs(x))[:, :, 0])
-    usable = jnp.isfinite(magnitude)
-    if closer:
-        live = (jnp.arange(n) < length[:, None])[:, None]
-        before, after = (jnp.where(live, num.norm_up(y), 0.0).sum(-1) for y in (x, x - centre[:, :, None]))
-        usable &= after < CLOSER * before
-    return (
-        jnp.where(usable[..., None], centre, 0.0),
-        jnp.where(usable, 2 * num.gamma(num.sum_depth(n) + 4) * magnitude, 0.0),
-    )
-
-
-def _encode_prompt(keys, values, length, policy: Policy, n_blocks: int):
-    """Everything but tier 2's placement, for one layer: `[b, Hkv, N, d]` in, a dict of leaves out."""
-    b, h, n, d = keys.shape
-    size = policy.block_size
-    grow = ((0, 0), (0, 0), (0, n_blocks * size - n), (0, 0))
-    valid = (jnp.arange(n_blocks * size) < length[:, None])[:, None, :, None]
-    keys, values = (jnp.where(valid, jnp.pad(x, grow), 0) for x in (keys, values))
-
-    key_centre, key_doubt = _prompt_centre(keys, length, policy.centre != "zero")
-    value_centre, value_doubt = _prompt_centre(values, length, policy.centre != "zero", policy.centre == "auto")
-    codec, peaks = policy.make_codec(), (None, None)
-    if codec.scaled:
-        peaks = [jnp.abs(x).max((-2, -1)).astype(jnp.float32) for x in (keys, values)]
-    stats = HeadStats(key_centre=key_centre, value_centre=value_centre, key_peak=peaks[0], value_peak=peaks[1])
-    stats = lax.optimization_barrier(stats)
-    blocked = (b, h, n_blocks, size, d)
-    codes, notes = _encode_blocks(
-        codec, keys.reshape(blocked), values.reshape(blocked), stats,
-        Doubt(key_centre=key_doubt, value_centre=value_doubt), form=policy.annotations, spectral=policy.spectral,
-    )  # fmt: skip
-    closed = jnp.arange(n_blocks) < (length // size)[:, None, None]  # [b, 1, NB]
-
-    def only_closed(x):
-        return jnp.where(closed.reshape(b, 1, n_blocks, *[1] * (x.ndim - 3)), x, jnp.zeros_like(x))
-
-    ring = [_ring_of(x, length, policy.ring_blocks, size) for x in (keys, values)]
-    leaves = dict(
-        codes=jax.tree.map(only_closed, codes),
-        notes=jax.tree.map(only_closed, notes),
-        sink_keys=_head_of(keys, policy.sink_tokens),
-        sink_values=_head_of(values, policy.sink_tokens),
-        ring_keys=ring[0],
-        ring_values=ring[1],
-        stats=stats,
-    )
-    return leaves, (keys, values)
-
-
-def _head_of(x: jax.Array, n: int) -> jax.Array:
-    """First `n` tokens, zeros where the capacity is smaller."""
-    x = x[..., :n, :]
-    return jnp.pad(x, ((0, 0), (0, 0), (0, n - x.shape[-2]), (0, 0)))
-
-
-def _ring_of(x: jax.Array, length: jax.Array, ring_blocks: int, size: int) -> jax.Array:
-    """The last `ring_blocks` blocks of `[b, Hkv, N, d]` in their slots; zeros where there is none."""
-    b, h, n, d = x.shape
-    block = ring_block_index(length, ring_blocks, size)  # [b, R]
-    blocks = x.reshape(b, h, n // size, size, d)
-    picked = jnp.take_along_axis(blocks, jnp.maximum(block, 0)[:, None, :, None, None], axis=2)
-    picked = jnp.where((block >= 0)[:, None, :, None, None], picked, 0)
-    return picked.reshape(b, h, ring_blocks * size, d)
-
-
-def ring_block_index(length: jax.Array, ring_blocks: int, size: int) -> jax.Array:
-    """Block held by each slot of the ring, negative where none: `[b]` -> `[b, R]`."""
-    last = (length - 1)[:, None] // size
-    return last - (last - jnp.arange(ring_blocks)) % ring_blocks
+def _encoder(keys, values, stats, *, codec: Codec, **options) -> tuple[Codes, Annotations]:
+    return encode_blocks(codec, keys, values, stats, **options)
 
 
 def _take(x: jax.Array, lead: tuple, axis: int, start, size: int) -> jax.Array:

@@ -68,16 +68,31 @@ def values_consistent(residual: jax.Array, eta: jax.Array) -> jax.Array:
     return (residual <= eta * (1 + 2.0**-10)).all((-2, -1))
 
 
-def fingerprints_ok(cache: TieredKVCache, scrub: int) -> jax.Array:
-    """P1 on one stripe of blocks: each block is visited once in `scrub` steps. Returns `[b, Hkv]` bool."""
+def scrubbed(cache: TieredKVCache, scrub: int) -> TieredKVCache:
+    """A stacked cache with P1 checked on a stripe of blocks of one layer, each layer in turn, and `sound` updated."""
+    n_layers = cache.ring_keys.shape[0]
+    step = cache.length.max()
+    return cache.replace(sound=cache.sound & fingerprints_ok(cache, scrub, step % n_layers, step // n_layers).all(1))
+
+
+def fingerprints_ok(
+    cache: TieredKVCache, scrub: int, layer: jax.Array | None = None, turn: jax.Array | None = None
+) -> jax.Array:
+    """P1 on one stripe of blocks: each block is visited once in `scrub` turns. Returns `[b, Hkv]` bool.
+
+    `layer` of a stacked cache, or of a cache of one layer; `turn` is its length by default.
+    """
     n_blocks = cache.n_blocks
     stripe = -(-n_blocks // scrub)
-    start = jnp.minimum(cache.length.max() % scrub * stripe, n_blocks - stripe)
+    turn = cache.length.max() if turn is None else turn
+    start = jnp.minimum(turn % scrub * stripe, n_blocks - stripe)
 
     def cut(x):
+        x = x if layer is None else lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
         return lax.dynamic_slice_in_dim(x, start, stripe, axis=2)
 
     codes, notes = jax.tree.map(cut, (cache.codes, cache.notes))
     block = start + jnp.arange(stripe)
-    closed = block < (cache.length // cache.block_size)[:, None, None]
+    # A block that the last token completed may not be encoded yet: the ring holds it.
+    closed = block < ((cache.length - 1) // cache.block_size)[:, None, None]
     return ((fingerprint(codes, notes) == notes.checksum) | ~closed).all(-1)

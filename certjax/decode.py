@@ -12,7 +12,9 @@ from jax import lax
 
 from certjax.cache import TieredKVCache
 from certjax.certificate import Certificate, empty_certificate
+from certjax.checks import scrubbed
 from certjax.dense_cache import DenseKVCache
+from certjax.fused.dispatch import FUSED, pick_backend
 from certjax.models.llama.config import LlamaConfig
 from certjax.models.llama.modeling import decode_step
 from certjax.plugs import Mode, make_cache, make_plug
@@ -126,8 +128,11 @@ def run(
             records,
         )
         valid = lax.dynamic_update_index_in_dim(s.telemetry.valid, ~s.done, at, 0)
+        cache = cache.advance(1) if mode == "dense" else cache.advance()
+        if mode == "certified" and policy.scrub and pick_backend(policy, cache, config.n_heads) in FUSED:
+            cache = scrubbed(cache, policy.scrub)
         return DecodeState(
-            cache=cache.advance(1) if mode == "dense" else cache.advance(),
+            cache=cache,
             tokens=lax.dynamic_update_index_in_dim(s.tokens, token, s.count, 1),
             last=token,
             count=s.count + 1,

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from certjax.attention import certified_attention, naive_attention
+from certjax.attention import certified_layer, naive_layer
 from certjax.cache import TieredKVCache
 from certjax.dense_cache import DenseKVCache
 from certjax.errors import InvalidArgumentError
@@ -36,7 +36,7 @@ def make_plug(mode: Mode, policy: Policy) -> Plug:
     if mode == "dense":
         return _dense
     if mode == "naive":
-        return _naive
+        return functools.partial(_naive, policy=policy)
     if mode == "certified":
         return functools.partial(_certified, policy=policy)
     raise InvalidArgumentError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}.")
@@ -61,18 +61,12 @@ def _dense(q, k, v, cache: DenseKVCache, layer):
     return out.reshape(b, 1, n_heads, d), cache, None
 
 
-def _view(k, v, cache: TieredKVCache, layer) -> tuple[TieredKVCache, TieredKVCache]:
-    """The cache with the token stored, and a view of its layer that counts it."""
+def _naive(q, k, v, cache: TieredKVCache, layer, *, policy: Policy):
     cache = cache.write(k[:, 0], v[:, 0], layer)
-    return cache, cache.at(layer).advance()
-
-
-def _naive(q, k, v, cache: TieredKVCache, layer):
-    cache, view = _view(k, v, cache, layer)
-    return naive_attention(q[:, 0], view)[:, None], cache, None
+    return naive_layer(q[:, 0], cache.counting(), layer, policy)[:, None], cache, None
 
 
 def _certified(q, k, v, cache: TieredKVCache, layer, *, policy: Policy):
-    cache, view = _view(k, v, cache, layer)
-    out, certificate = certified_attention(q[:, 0], view, policy)
+    cache = cache.write(k[:, 0], v[:, 0], layer)
+    out, certificate = certified_layer(q[:, 0], cache.counting(), layer, policy)
     return out[:, None], cache, certificate

@@ -12,9 +12,10 @@ from jax import lax
 
 from certjax.bounds import arithmetic
 from certjax.bounds.perturbation import paper_delta, score_delta
-from certjax.cache import TieredKVCache, ring_block_index
+from certjax.cache import TieredKVCache
 from certjax.codecs import notes as nt
 from certjax.codecs.base import Level
+from certjax.encode import ring_block_index
 from pallas_kernels import numerics as num
 from pallas_kernels.attend.reference import accumulation_depth
 

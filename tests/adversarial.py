@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -11,6 +12,9 @@ from certjax import Policy
 
 SHAPE = dict(batch=16, n_kv_heads=2, group=4, capacity=160, head_dim=32)
 """One static shape, so that every draw reuses the compiled program: 128 head-steps a call."""
+
+FUSED_SHAPE = dict(batch=4, n_kv_heads=2, group=4, capacity=896, head_dim=64)
+"""For policies whose blocks are the 128 tokens of the fused kernels, which read bfloat16 only."""
 
 
 def gaussian(rng, shape):
@@ -88,6 +92,9 @@ DTYPES = {"float16": jnp.float16, "bfloat16": jnp.bfloat16}
 PLAIN = dict(codec="int8_int4", annotations="bfloat16", spectral=False, skip_values=False)
 """The paper's format under the budget policy, without what is our own."""
 
+FUSED = dict(block_size=128, backend="mosaic_gpu" if jax.devices()[0].platform == "gpu" else "reference")
+"""The kernels where there is a GPU for them, their twins elsewhere."""
+
 POLICIES = {
     "paper": Policy.paper(),
     "paper_fp16_metadata": Policy.paper(key_metadata="float16", centre="mean", ranking_depth=3, exploration=0.1),
@@ -111,25 +118,38 @@ POLICIES = {
     "fp8_tensor": Policy.observe(codec="fp8_e4m3", sink_tokens=0, recent_tokens=0),
     "kivi_int4": Policy.budget(0.3, codec="kivi_int4", sink_tokens=0, recent_tokens=16, max_promoted=1.0),
     "kivi_int2": Policy.observe(codec="kivi_int2", sink_tokens=0, recent_tokens=0),
+    "fused": Policy.budget(0.05, **FUSED),
+    "fused_loose": Policy.budget(100.0, recent_tokens=0, sink_tokens=0, **FUSED),
+    "fused_head": Policy.budget(0.2, "head", recent_tokens=0, max_promoted=1.0, **FUSED),
+    "fused_equal": Policy.budget(0.1, allotment="equal", centre="zero", recent_tokens=0, host_price=1.0, **FUSED),
+    "fused_absolute": Policy.budget(0.3, "absolute", max_promoted=1.0, **FUSED),
+    "fused_whole": Policy.observe(recent_tokens=0, sink_tokens=0, **FUSED),
     "int8_int8": Policy.budget(0.05, codec="int8_int8", sink_tokens=0, recent_tokens=16, annotations="bfloat16"),
 }
 
 
-CORE = ("paper", "paper_planes", "budget", "planes", "planes_fine", "planes_whole", "fp8", "kivi_int2")
+CORE = ("paper", "paper_planes", "budget", "planes", "planes_fine", "planes_whole", "fp8", "kivi_int2", "fused",
+        "fused_whole")  # fmt: skip
 """What every run of the suite looks at; the others take part in long runs (compiling each takes ten seconds)."""
 
 
+def shape_of(policy: Policy) -> dict[str, int]:
+    """The shape that a policy is drawn for."""
+    return FUSED_SHAPE if policy.block_size == 128 else SHAPE
+
+
 @functools.cache
-def lengths_pool() -> np.ndarray:
+def lengths_pool(block: int, top: int) -> np.ndarray:
     """Lengths around every block edge that the capacity allows."""
-    block, top = 16, SHAPE["capacity"]
     edges = [n + e for n in range(0, top + 1, block) for e in (-1, 0, 1)]
     return np.array(sorted({n for n in edges if 1 <= n <= top}))
 
 
-def draw(rng, key_family: str, value_family: str, query_scale: float, key_scale: float, value_scale: float, dtype: str):
-    """`q` [b, Hq, d] float32, `keys`, `values` [b, Hkv, N, d] originals, `lengths` [b]."""
-    b, h, g, n, d = SHAPE.values()
+def draw(rng, policy: Policy, key_family: str, value_family: str, query_scale: float, key_scale: float,
+         value_scale: float, dtype: str):  # fmt: skip
+    """`q` [b, Hq, d] float32, `keys`, `values` [b, Hkv, N, d] originals, `lengths` [b], in the policy's shape."""
+    b, h, g, n, d = shape_of(policy).values()
+    dtype = "bfloat16" if policy.block_size == 128 else dtype
     limit = 65504.0 if dtype == "float16" else 1e30
     keys = np.clip(FAMILIES[key_family](rng, (b, h, n, d)) * key_scale, -limit, limit)
     values = np.clip(FAMILIES[value_family](rng, (b, h, n, d)) * value_scale, -limit, limit)
@@ -139,7 +159,7 @@ def draw(rng, key_family: str, value_family: str, query_scale: float, key_scale:
     norm = np.maximum(np.linalg.norm(target, axis=-1, keepdims=True), 1e-12)
     aimed = rng.random((b, h * g, 1)) < 0.3
     q = np.where(aimed, target / norm * np.sqrt(d) * query_scale, q)
-    lengths = rng.choice(lengths_pool(), b)
+    lengths = rng.choice(lengths_pool(policy.block_size, n), b)
     return (
         jnp.asarray(q, jnp.float32),
         jnp.asarray(keys, DTYPES[dtype]),

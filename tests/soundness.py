@@ -59,7 +59,7 @@ def cases(seed: int, policies: Sequence[str]):
             rng.choice(names), rng.choice(names), rng.choice(adv.QUERY_SCALES), rng.choice(adv.DATA_SCALES),
             rng.choice(adv.DATA_SCALES), rng.choice(list(adv.DTYPES)),
         )  # fmt: skip
-        yield policy, choice, adv.draw(rng, *choice)
+        yield policy, choice, adv.draw(rng, adv.POLICIES[policy], *choice)
 
 
 def run(

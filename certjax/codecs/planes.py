@@ -26,9 +26,9 @@ WIDTHS = (1, 2, 4, 8)
 class PlanesCodes:
     """One block or many: every shape below may carry leading axes (batch, KV heads, blocks)."""
 
-    k_planes: tuple[jax.Array, ...]  # [B, d w/8] uint8 each, most significant first
+    k_planes: tuple[jax.Array, ...]  # [B, d w/8] int8 each, most significant first
     k_scale: jax.Array  # [B] bfloat16, width of a cell
-    v_planes: tuple[jax.Array, ...]  # [B, d w/8] uint8
+    v_planes: tuple[jax.Array, ...]  # [d, B w/8] int8: tokens along the bytes, as the sum over tokens reads them
     v_scale: jax.Array  # [B] bfloat16
 
 
@@ -76,33 +76,36 @@ class Planes:
         return len(self.value_planes) if self.refine else 1
 
     def encode(self, keys: jax.Array, values: jax.Array, stats: HeadStats) -> PlanesCodes:
-        k_planes, k_scale = _quantize(self.to_basis(keys - _of_blocks(stats.key_centre)), self.key_planes)
-        v_planes, v_scale = _quantize(self.to_basis(values - _of_blocks(stats.value_centre)), self.value_planes)
+        d, size = keys.shape[-1], keys.shape[-2]
+        _require_whole_bytes("head dim", d, "key_planes", self.key_planes)
+        _require_whole_bytes("block_size", size, "value_planes", self.value_planes)
+        k_codes, k_scale = _quantize(self.to_basis(keys - _of_blocks(stats.key_centre)), sum(self.key_planes))
+        v_codes, v_scale = _quantize(self.to_basis(values - _of_blocks(stats.value_centre)), sum(self.value_planes))
+        k_planes, v_planes = _split(k_codes, self.key_planes), _split(v_codes.swapaxes(-1, -2), self.value_planes)
         return PlanesCodes(k_planes=k_planes, k_scale=k_scale, v_planes=v_planes, v_scale=v_scale)
 
     def keys(self, codes: PlanesCodes, level: Level) -> jax.Array:
-        return self._dequantize(codes.k_planes, codes.k_scale, self.key_planes, level)
+        return self._dequantize(codes.k_planes, self.key_planes, level) * _of_tokens(codes.k_scale)
 
     def values(self, codes: PlanesCodes, level: Level) -> jax.Array:
-        return self._dequantize(codes.v_planes, codes.v_scale, self.value_planes, level)
+        return self._dequantize(codes.v_planes, self.value_planes, level).swapaxes(-1, -2) * _of_tokens(codes.v_scale)
 
-    def _dequantize(self, planes, scale: jax.Array, widths: tuple[int, ...], level: Level) -> jax.Array:
-        """The middle of each cell, `(code - 2^(b-1) + cell/2) scale`, in a grid of `cell` finest steps."""
+    def _dequantize(self, planes, widths: tuple[int, ...], level: Level) -> jax.Array:
+        """The middle of each cell, `code - 2^(b-1) + cell/2`, in a grid of `cell` finest steps."""
         bits = sum(widths)
         left = [bits - used for used in itertools.accumulate(widths)]
         cells = [2.0**n for n in left] if self.refine else [1.0]
         per_block = not isinstance(level, int)
         codes = jnp.int32(0)
         for i, (plane, width, n) in enumerate(zip(planes, widths, left, strict=True)):
-            part = packing.unpack(plane, width) << n
+            part = packing.unpack(packing.from_signed(plane, width), width) << n
             if i and self.refine:
                 if not per_block and i > level:
                     break
                 part = jnp.where(level[..., None, None] >= i, part, 0) if per_block else part
             codes = codes + part
         half = 0.5 * (jnp.asarray(cells, jnp.float32)[level][..., None, None] if per_block else cells[level])
-        middle = codes.astype(jnp.float32) - (2.0 ** (bits - 1) - half)
-        return middle * scale.astype(jnp.float32)[..., None]
+        return codes.astype(jnp.float32) - (2.0 ** (bits - 1) - half)
 
     def to_basis(self, x: jax.Array) -> jax.Array:
         return rotation.rotate(x) if self.rotate else x
@@ -147,18 +150,28 @@ def _of_blocks(centre: jax.Array) -> jax.Array:
     return centre[..., None, None, :]
 
 
-def _quantize(y: jax.Array, widths: tuple[int, ...]) -> tuple[tuple[jax.Array, ...], jax.Array]:
-    """Planes of the codes of `y` [..., B, d], and the width of a cell [..., B]."""
-    d, bits = y.shape[-1], sum(widths)
-    if any(d * w % 8 for w in widths):
-        raise InvalidArgumentError(f"head dim {d} does not fill whole bytes of planes {widths}; choose wider planes.")
+def _of_tokens(scale: jax.Array) -> jax.Array:
+    return scale.astype(jnp.float32)[..., None]
+
+
+def _quantize(y: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
+    """Codes of `y` [..., B, d] int32, and the width of a cell [..., B]."""
     half = 2 ** (bits - 1)
     scale = num.normal_or_zero(num.round_up_bf16(jnp.abs(y).max(-1) / half))  # 0: the token is its centre
     step = scale.astype(jnp.float32)
     cell = jnp.floor(y / jnp.where(step == 0, 1.0, step)[..., None])
-    codes = (jnp.clip(cell, -half, half - 1) + half).astype(jnp.int32)
-    planes, left = [], bits
+    return (jnp.clip(cell, -half, half - 1) + half).astype(jnp.int32), scale
+
+
+def _split(codes: jax.Array, widths: tuple[int, ...]) -> tuple[jax.Array, ...]:
+    """Planes of `codes` [..., n], packed along the last axis."""
+    planes, left = [], sum(widths)
     for width in widths:
         left -= width
-        planes.append(packing.pack((codes >> left) & (2**width - 1), width))
-    return tuple(planes), scale
+        planes.append(packing.to_signed(packing.pack((codes >> left) & (2**width - 1), width), width))
+    return tuple(planes)
+
+
+def _require_whole_bytes(name: str, n: int, field: str, widths: tuple[int, ...]) -> None:
+    if any(n * w % 8 for w in widths):
+        raise InvalidArgumentError(f"{name} {n} does not fill whole bytes of {field} {widths}; choose wider planes.")

@@ -1,0 +1,1 @@
+"""`certjax bench`: what a certificate costs and saves on this machine."""

@@ -1,0 +1,219 @@
+"""One certified decode step in four kernels: scan, attend, promote, dense per head.
+
+No conditional leaves the kernels: a kernel whose flags are all off returns at once, so that the host is never asked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from certjax.cache import TieredKVCache
+from certjax.certificate import Certificate
+from certjax.fused import bound as bd
+from certjax.fused import operands as ops
+from certjax.fused import reduce as rd
+from certjax.fused.ladder import allotted, heads_to_give_up
+from certjax.fused.plan import Plan, choose
+from certjax.policy import Policy
+from pallas_kernels import query as qr
+from pallas_kernels.dispatch import Kernels
+
+
+def fused_attention(
+    q: jax.Array, cache: TieredKVCache, layer: jax.Array, policy: Policy, kernels: Kernels, sound: jax.Array
+) -> tuple[jax.Array, Certificate]:
+    """As `certified_attention`, for one layer of a stacked cache.
+
+    Parameters
+    ----------
+    q : `[b, Hkv, G, d]` float32
+    cache
+        Stacked, for which `fused_attention` is `supported`.
+    layer : `[]` int32
+    kernels
+        From `pallas_kernels.dispatch`.
+    sound : `[b]` bool
+        Outcome of the preconditions; a row that is not sound goes dense.
+    """
+    step = _Step(q, cache, layer, policy, kernels)
+    scanned, windows = step.scan()
+    plan = step.plan(scanned, windows)
+    found = step.attend(scanned, windows, plan)
+    judged = step.judge(found)
+    passed = step.consistent(scanned, plan, found, windows)
+    return step.finish(judged, plan, passed, sound)
+
+
+def fused_naive(
+    q: jax.Array, cache: TieredKVCache, layer: jax.Array, policy: Policy, kernels: Kernels
+) -> jax.Array:
+    """Tier 1 at its finest and the windows, nothing checked: `[b, Hkv, G, d]` float32."""
+    step = _Step(q, cache, layer, policy, kernels)
+    scanned, windows = step.scan(only_windows=True)
+    found = step.attend(scanned, windows, step.everything())
+    return step.judge(found).out[:, : q.shape[2]].reshape(q.shape)
+
+
+@dataclasses.dataclass
+class _Step:
+    q: jax.Array
+    cache: TieredKVCache
+    index: jax.Array
+    policy: Policy
+    kernels: Kernels
+
+    def __post_init__(self):
+        self.batch, self.n_heads, self.group, self.d = self.q.shape
+        self.layer = ops.layer_of(self.cache, self.index)
+        self.queries = ops.prepare(self.q.reshape(-1, self.group, self.d), self.layer)
+        self.n_tiles = self.cache.n_blocks
+
+    def per_head(self, x):
+        """`[b]` for every head: [H]."""
+        return jnp.repeat(x, self.n_heads, axis=0)
+
+    def scan(self, only_windows: bool = False):
+        x, q = self.layer, self.queries
+        meta = x.meta.at[:, 2].set(x.meta[:, 1]) if only_windows else x.meta
+        stats, acc, window_sums = self.kernels.scan(
+            meta, q.turned.high, q.turned.low, q.scan, x.keys, x.key_scale, x.nu, x.live, q.pair, q.originals,
+            x.windows,
+        )  # fmt: skip
+        sums = bd.tile_sums(jnp.where(x.active[..., None, None], stats, 0.0), x)
+        return sums, bd.exact_of(acc, window_sums)
+
+    def everything(self) -> Plan:
+        """Tier 1 as finely as it is stored."""
+        none = jnp.zeros_like(self.layer.active)
+        return Plan(self.layer.active, none, none[:, 0])
+
+    def plan(self, scanned: bd.TileSums, windows: bd.Exact) -> Plan:
+        if self.policy.tolerance is None:
+            return self.everything()
+        return choose(self.policy, self.batch, self.group, scanned, windows, self.queries, self.layer)
+
+    def attend(self, scanned: bd.TileSums, windows: bd.Exact, plan: Plan) -> bd.Pass:
+        """Read what a plan asks for."""
+        x, q = self.layer, self.queries
+        acc, stats = self.kernels.attend(
+            x.meta, _flags(plan.read), q.turned.high, q.turned.low,
+            qr.split_channels(qr.bf16_pair(q.turned)), q.attend, x.keys, x.keys_low, x.key_scale, x.values,
+            x.values_low, x.value_scale, x.nu,
+        )  # fmt: skip
+        coarse = jax.tree.map(lambda a: jnp.where(plan.promoted[..., None], 0.0, a), scanned)
+        sums = bd.selected(plan.read, bd.tile_sums(stats, x), coarse)
+        exact = windows if self.policy.tolerance is None else bd.joined(windows, self.originals(plan.promoted))
+        return bd.Pass(sums=sums, read=plan.read, promoted=plan.promoted, values=acc.sum(1), exact=exact)
+
+    def originals(self, chosen: jax.Array, *, alone: bool = False) -> bd.Exact:
+        """Attend to the originals of the `chosen` tiles `[H, NT]`, from the host; `alone` if to nothing else."""
+        x, q = self.layer, self.queries
+        return bd.exact_of(
+            *self.kernels.originals(x.meta, _flags(chosen), q.pair, q.originals, x.host_keys, x.host_values),
+            alone=alone,
+        )
+
+    def consistent(self, scanned: bd.TileSums, plan: Plan, found: bd.Pass, windows: bd.Exact) -> jax.Array:
+        """Canary: promoted tiles weigh by their originals what they weigh by tier 1, within its bound: [b, Hkv, G]."""
+        if not self.policy.canary or self.policy.tolerance is None:
+            return jnp.ones((self.batch, self.n_heads, self.group), bool)
+        q = self.queries
+        delta = bd.delta_of(q, self.layer.kappa_peak[..., 0])
+        delta = jnp.minimum(delta, 80.0)
+        a = jnp.where(plan.promoted[..., None], scanned.a, 0.0)
+        high, low = rd.sums(1, a * jnp.exp(delta), a * jnp.exp(-delta))
+        slack = jnp.exp(q.eps + bd.eps_of_originals(q, found.exact.key) + 2.0**-12)
+        exact = found.exact.total - windows.total
+        rounding = 2.0**-18 * found.exact.total + 2.0**-100  # of the difference; of what was flushed
+        # What is not a number is not an alarm: it fails as such.
+        return self.grouped(~((exact > high * slack + rounding) | (exact < low / slack - rounding)))
+
+    def judge(self, found: bd.Pass) -> bd.Judged:
+        return bd.judge(found, self.queries, self.layer, 16 * self.per_program + self.kernels.splits + 64)
+
+    @property
+    def per_program(self) -> int:
+        """Tiles that a program may have to read."""
+        return -(-self.n_tiles // self.kernels.splits)
+
+    def grouped(self, x):
+        """`[H, C, ...]` of the padded columns to `[b, Hkv, G, ...]`."""
+        return x[:, : self.group].reshape(self.batch, self.n_heads, self.group, *x.shape[2:])
+
+    def finish(self, judged: bd.Judged, plan: Plan, passed: jax.Array, sound: jax.Array):
+        """Dense attention for the heads that need it, and the record."""
+        out, e_total, norm = (self.grouped(x) for x in (judged.out, judged.e_total, judged.norm))
+        row_failed = ~(sound & (jnp.isfinite(norm) & passed).all((1, 2)))  # [b]
+        gone = plan.give_up.reshape(self.batch, -1)
+        dense = heads_to_give_up(self.policy, norm, e_total, gone) | row_failed[:, None]  # [b, Hkv]
+        tiles = jnp.arange(self.n_tiles) * ops.TILE < self.layer.meta[:, 3:]
+        found = self.originals(tiles & dense.reshape(-1)[:, None], alone=True)
+        chain = 16 * self.per_program + self.kernels.splits + 64
+        exact, exact_norm, error = bd.judge_dense(found, self.queries, self.cache.capacity, chain)
+        out = jnp.where(dense[..., None, None], self.grouped(exact), out)
+        e_total = jnp.where(dense[..., None], self.grouped(error), e_total)
+        norm = jnp.where(dense[..., None], self.grouped(exact_norm), norm)
+        return out, self.record(judged, plan, passed, dense, row_failed, sound, norm, e_total)
+
+    def record(self, judged, plan, passed, dense, row_failed, sound, norm, e_total) -> Certificate:
+        shape = e_total.shape
+        dense = jnp.broadcast_to(dense[..., None], shape)
+        candidate = {name: self.grouped(getattr(judged, name)) for name in _BOUNDS}
+        returned = {name: jnp.where(dense, 0.0, x) for name, x in candidate.items()}
+        returned["e_total"] = e_total
+        returned["e_arith"] = jnp.where(dense, e_total, candidate["e_arith"])
+        x = self.layer
+        counts = [
+            jnp.broadcast_to(n.reshape(self.batch, -1, 1), shape)
+            for n in rd.sums(1, plan.read, plan.promoted, x.active)
+        ]
+        n_read, n_promoted, n_active = (n.astype(jnp.int32) for n in counts)
+        rung = jnp.where(dense, jnp.where(row_failed[:, None, None], 4, 3), jnp.where(n_promoted > 0, 2, 0))
+        ok = jnp.ones(shape, bool)
+        first = jnp.arange(self.group) == 0
+        windows = sum(x.live[:, i] for i in range(x.live.shape[1])).astype(jnp.float32) * (4 * self.d)
+        tier1 = counts[2] * _scan_bytes(self.d) + counts[0] * _tile_bytes(self.d)
+        length = self.cache.length[:, None, None].astype(jnp.float32)
+        paged = (jnp.where(dense, length, 0.0) + counts[1] * ops.TILE) * (4.0 * self.d)
+        return Certificate(
+            **returned,
+            **{f"{name}_candidate": x for name, x in candidate.items()},
+            out_norm=norm,
+            out_norm_candidate=self.grouped(judged.norm),
+            tolerance=allotted(self.policy, norm, jnp.where(dense, 0.0, e_total)),
+            tail_mass=self.grouped(judged.tail_mass),
+            delta_max=self.grouped(judged.delta_max),
+            k_star=n_promoted,
+            n_value_promoted=n_promoted,
+            n_key_refined=n_read,
+            n_value_refined=n_read,
+            n_value_skipped=n_active - n_read - n_promoted,
+            rung=rung.astype(jnp.int32),
+            ranking_ok=ok,
+            boundary_ok=ok,
+            canary_ok=passed,
+            precondition_ok=ok & sound[:, None, None] & jnp.isfinite(self.grouped(judged.norm)),
+            bytes_read=jnp.where(first, tier1 + windows.reshape(self.batch, -1, 1), 0.0),
+            bytes_paged_in=jnp.where(first, paged, 0.0),
+        )
+
+
+_BOUNDS = ("e_key", "e_val", "e_arith", "e_total", "e_key_paper", "e_val_paper")
+
+
+def _flags(chosen: jax.Array) -> jax.Array:
+    """`[H, NT]` bool -> int32, padded to whole 16 bytes."""
+    return jnp.pad(chosen, ((0, 0), (0, -chosen.shape[1] % 4))).astype(jnp.int32)
+
+
+def _scan_bytes(d: int) -> float:
+    """Of a tile: 8-bit keys, scales, nu, and the peaks and spectral norms of the plan."""
+    return float(ops.TILE * (d + 3) + 22)
+
+
+def _tile_bytes(d: int) -> float:
+    """Of a tile read in full: 12-bit keys and 6-bit values with their scales, and nu."""
+    return float(ops.TILE * (d + d // 2 + d // 2 + d // 4 + 5))

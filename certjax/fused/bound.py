@@ -1,0 +1,232 @@
+"""The certificate of the fused path, from sums over tiles. Derivation: docs/kernels.md.
+
+Of a tile the kernels return `A = sum w`, `N = sum w nu` and `Q = sum w^2`; with the tile's stored peaks and spectral
+norms they bound what its keys and values add to the error. Sums over tiles are taken together, in one kernel, which is
+why a tile's bound on its keys is written as a linear function of `h`: the distance of the output from the centre is
+not known before all else is summed.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from certjax.bounds.arithmetic import inflate
+from certjax.bounds.spectral import second_order
+from certjax.fused import reduce as rd
+from certjax.fused.operands import (
+    TENSOR_UNIT,
+    TILE,
+    VANISHED,
+    Layer,
+    Queries,
+    eps_of_originals,
+    turn_back,
+    turning_back,
+)
+from pallas_kernels import numerics as num
+
+FLUSHED = TILE**0.5 * 2.0**-63
+"""Norm of the weights of a tile whose squares may have been flushed to zero."""
+
+
+@struct.dataclass
+class TileSums:
+    """Sums over the tokens of each tile, in units of `e^reference`. Leaves `[H, NT, C]`."""
+
+    a: jax.Array  # sum w
+    n: jax.Array  # sum w nu
+    norm: jax.Array  # sqrt(sum w^2)
+
+
+def tile_sums(stats: jax.Array, layer: Layer) -> TileSums:
+    """`stats`: [H, NT, 3, C] as the kernels return them."""
+    peak = layer.nu_peak[..., None] * ((1 + 2.0**-20) / 255)
+    return TileSums(stats[:, :, 0], stats[:, :, 1] * peak, jnp.sqrt(stats[:, :, 2]) + FLUSHED)
+
+
+def selected(read: jax.Array, fine, coarse):
+    """`fine` where a tile is read. `read`: [H, NT] bool, leaves `[H, NT, C]`."""
+    return jax.tree.map(lambda a, b: jnp.where(read[..., None], a, b), fine, coarse)
+
+
+def delta_of(queries: Queries, kappa: jax.Array) -> jax.Array:
+    """`||q|| kappa / sqrt(d)`: [H, NT] -> [H, NT, C]."""
+    return queries.norm[:, None] * (kappa[..., None] * num.NORM_SLACK)
+
+
+def key_terms(sums: TileSums, queries: Queries, layer: Layer, level: int) -> tuple[jax.Array, jax.Array]:
+    """`(k0, k1)` with `k0 + k1 h` at least `L^- W` times what a tile adds to E_key, keys at `level`: [H, NT, C] each.
+
+    Token by token or by the spectral norm, whichever is less for `h = 0`: either is a bound for every h.
+    """
+    delta = delta_of(queries, layer.kappa_peak[..., level])
+    coefficient = delta_of(queries, layer.sigma_k[..., level]) * sums.norm
+    first, second = num_expm1(delta), second_order(delta)
+    one_by_one = first * sums.n
+    together = coefficient * layer.nu_peak[..., None] + second * sums.n
+    spectral = together < one_by_one
+    return jnp.minimum(one_by_one, together), jnp.where(spectral, coefficient + second * sums.a, first * sums.a)
+
+
+def num_expm1(delta: jax.Array) -> jax.Array:
+    """`e^delta - 1` from above, finite beyond MAX_DELTA, where the bound is infinite anyway."""
+    return jnp.expm1(jnp.minimum(delta, num.MAX_DELTA)) * (1 + 2.0**-18)
+
+
+def value_terms(sums: TileSums, layer: Layer, read: bool) -> jax.Array:
+    """`W` times what a tile adds to E_val, its values read or left to the centre: `[H, NT, C]`."""
+    linear = sums.a * layer.eta_peak[..., 1, None] if read else sums.n
+    return jnp.minimum(linear, layer.sigma_v[..., 2 if read else 0, None] * sums.norm)
+
+
+@struct.dataclass
+class Exact:
+    """What was attended to with original keys and values."""
+
+    values: jax.Array  # [H, d, C] sum w v
+    total: jax.Array  # [H, C] sum w
+    key: jax.Array  # [H, C] norm of the longest, rounded up
+    value: jax.Array  # [H, C]
+
+
+def exact_of(acc: jax.Array, sums: jax.Array, *, alone: bool = False) -> Exact:
+    """Joins parts: `acc` [H, S, d, C], `sums` [H, S, 4, C].
+
+    In units of `e^reference`, or, where nothing else is to be added, of the largest weight: scores may then be anything.
+    """
+    peak = sums[:, :, 3]
+    scale = jnp.exp2(peak - peak.max(1, keepdims=True) if alone else peak)
+    total, longest_key, longest_value = rd.together(
+        1, (sums[:, :, 0] * scale, rd.SUM), (sums[:, :, 1], rd.MAX), (sums[:, :, 2], rd.MAX)
+    )
+    longest = [jnp.sqrt(x) * num.NORM_SLACK + acc.shape[2] ** 0.5 * VANISHED for x in (longest_key, longest_value)]
+    return Exact((acc * scale[:, :, None]).sum(1), total, *longest)
+
+
+def joined(a: Exact, b: Exact) -> Exact:
+    """Two disjoint parts."""
+    return Exact(a.values + b.values, a.total + b.total, jnp.maximum(a.key, b.key), jnp.maximum(a.value, b.value))
+
+
+@struct.dataclass
+class Pass:
+    """What a pass over the cache found: sums of the weights used, and the values they were used for."""
+
+    sums: TileSums
+    read: jax.Array  # [H, NT] bool
+    promoted: jax.Array  # [H, NT] bool
+    values: jax.Array  # [H, d, C] sum w y over the tiles read, in the codec's basis
+    exact: Exact  # windows and promoted tiles
+
+
+@struct.dataclass
+class Judged:
+    """An output with its bound. Leaves `[H, C]` but `out` [H, C, d]."""
+
+    out: jax.Array
+    norm: jax.Array  # ||out||, rounded up
+    e_key: jax.Array
+    e_val: jax.Array
+    e_arith: jax.Array
+    e_total: jax.Array
+    e_key_paper: jax.Array
+    e_val_paper: jax.Array
+    delta_max: jax.Array
+    tail_mass: jax.Array
+
+
+def judge(found: Pass, queries: Queries, layer: Layer, chain: int) -> Judged:
+    """Output and certificate of a pass. `chain`: accumulations that a term of the values' sum goes through at most."""
+    exact, read = found.exact, found.read[..., None]  # [H, NT, 1]
+    d, n_tiles = found.values.shape[1], found.read.shape[1]
+    sums = found.sums
+    coarse, fine = (key_terms(sums, queries, layer, level) for level in (0, 1))
+    keys = [jnp.where(read, b, a) for a, b in zip(coarse, fine, strict=True)]
+    used = layer.active & ~found.promoted
+    kappa = jnp.where(used, jnp.where(found.read, layer.kappa_peak[..., 1], layer.kappa_peak[..., 0]), 0.0)
+    delta = delta_of(queries, kappa)
+    grown = num_expm1(delta)
+    eta = layer.eta_peak[..., 1, None]
+    tier1, n, val, shrunk, k0, k1, g0, g1, n_read, eta_read, paper = rd.sums(
+        1,
+        sums.a,
+        sums.n,
+        jnp.where(read, value_terms(sums, layer, True), value_terms(sums, layer, False)),
+        sums.a * jnp.exp(-delta),
+        *keys,
+        grown * sums.n,
+        grown * sums.a,
+        jnp.where(read, sums.n, 0.0),
+        jnp.where(read, sums.a * eta, 0.0),
+        sums.a * jnp.where(read, eta, layer.nu_peak[..., None]),
+    )
+    total = tier1 + exact.total  # W
+    centre = layer.value_centre[:, None]
+    acc = turn_back(found.values.swapaxes(1, 2)) + tier1[..., None] * centre + exact.values.swapaxes(1, 2)
+    out = acc / total[..., None]
+    from_centre, norm = (
+        jnp.sqrt(x) * num.NORM_SLACK + d**0.5 * VANISHED for x in rd.sums(-1, (centre - out) ** 2, out**2)
+    )
+    share = exact.total / total
+    exact_nu = exact.value + layer.value_centre_norm[:, None]
+    nu_mean = n / total + share * exact_nu
+    read_mean = (n_read + eta_read) / total
+    e_val = val / total
+    # What was summed, by magnitude: |y| <= nu + eta where values were read, |c| for all of tier 1, |v| where exact.
+    # Codes are summed as two planes and an offset, larger than what they stand for by up to 9 sqrt(d) cells of 31.
+    depth = TILE + n_tiles + 64
+    split = 2.0**-17 + chain * TENSOR_UNIT
+    accumulated = ((1 + 0.3 * d**0.5) * split + 2 * turning_back(d)) * read_mean + split * share * exact.value
+    accumulated += (3 * num.gamma(depth) + 8 * num.U) * (nu_mean + layer.value_centre_norm[:, None] + read_mean)
+    from_centre = from_centre + 2 * accumulated
+    h = from_centre + e_val
+    l_minus = shrunk / total + share
+    delta_max = queries.norm * (jnp.where(used, kappa, 0.0).max(1) * num.NORM_SLACK)[:, None]
+    e_key = (k0 + k1 * h) / (total * l_minus)
+    linear = (g0 + g1 * h) / (total * l_minus)
+    eps = jnp.maximum(queries.eps, eps_of_originals(queries, exact.key))
+    grow = jnp.exp(eps)
+    widened = (grow * grow - 1) * linear + grow * jnp.expm1(eps) * (nu_mean + h) / l_minus
+    nu_max = jnp.maximum(layer.nu_max[:, None], exact_nu)
+    n_tokens = (n_tiles + 64) * TILE
+    flushed = n_tokens * num.UNDERFLOW / total * jnp.exp(delta_max) * grow * grow / l_minus
+    flushed *= nu_max + layer.eta_max[:, None] + h
+    valid = (eps < num.MAX_DELTA) & (delta_max < num.MAX_DELTA)
+    e_key = jnp.where(delta_max < num.MAX_DELTA, e_key, jnp.inf)
+    e_arith = jnp.where(valid, widened + flushed + accumulated, jnp.inf)
+    bound = jnp.minimum(no_nan(e_key + e_val + e_arith), no_nan(nu_max + from_centre))
+    two_d = jnp.minimum(2 * delta_max, 80.0)
+    mass = tier1 / total
+    return Judged(
+        out=out,
+        norm=norm,
+        e_key=e_key,
+        e_val=e_val,
+        e_arith=e_arith,
+        e_total=bound * inflate(2 * depth) + num.ABSOLUTE_FLOOR,
+        e_key_paper=2 * nu_max * jnp.exp(two_d) * mass * jnp.expm1(two_d),
+        e_val_paper=paper / total,
+        delta_max=delta_max,
+        tail_mass=mass,
+    )
+
+
+def judge_dense(found: Exact, queries: Queries, n: int, chain: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Output of a pass over all originals, its norm and its error: `[H, C, d]`, `[H, C]`, `[H, C]`."""
+    total, longest_value = found.total, found.value
+    out = found.values.swapaxes(1, 2) / total[..., None]
+    eps = eps_of_originals(queries, found.key)
+    accumulated = (2.0**-17 + chain * TENSOR_UNIT + 3 * num.gamma(TILE + n // TILE + 64)) * longest_value
+    norm = jnp.sqrt((out * out).sum(-1)) * num.NORM_SLACK + out.shape[-1] ** 0.5 * VANISHED
+    radius = longest_value + norm + accumulated
+    grow = jnp.exp(eps)
+    error = (grow * jnp.expm1(eps) + n * num.UNDERFLOW / total * grow * grow) * radius + accumulated
+    error = jnp.minimum(jnp.where(eps < num.MAX_DELTA, no_nan(error), jnp.inf), no_nan(longest_value + norm))
+    return out, norm, error * (1 + 2.0**-12) + num.ABSOLUTE_FLOOR
+
+
+def no_nan(x: jax.Array) -> jax.Array:
+    """Infinity for what is not a number."""
+    return jnp.where(jnp.isnan(x), jnp.inf, x)

@@ -1,0 +1,241 @@
+"""What the kernels take: one layer of a stacked cache by reference, and the queries of a step.
+
+A head `H = b Hkv` is a KV head of a sequence; its `G` query heads are padded to `C` columns.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from certjax.cache import TieredKVCache
+from certjax.codecs import rotation
+from certjax.encode import ring_block_index
+from certjax.fused import reduce as rd
+from pallas_kernels import numerics as num
+from pallas_kernels import query as qr
+
+TILE = 128
+
+
+@struct.dataclass
+class Layer:
+    """One layer. Arrays with an axis `L` hold all layers; the kernels index them, so that nothing is copied."""
+
+    keys: jax.Array  # [L, H, N, d] int8
+    keys_low: jax.Array  # [L, H, N, d/2] int8
+    key_scale: jax.Array  # [L, H, N] bfloat16
+    values: jax.Array  # [L, H, NT, d, 64] int8
+    values_low: jax.Array  # [L, H, NT, d, 32] int8
+    value_scale: jax.Array  # [L, H, N] bfloat16
+    nu: jax.Array  # [L, H, N] uint8
+    windows: tuple[jax.Array, ...]  # sink keys, sink values, ring keys, ring values: [L, H, n, d] bfloat16
+    host_keys: jax.Array | None  # [L, H, N, d] bfloat16
+    host_values: jax.Array | None
+    kappa_peak: jax.Array  # [H, NT, 2] float32
+    eta_peak: jax.Array  # [H, NT, 2]
+    nu_peak: jax.Array  # [H, NT]
+    sigma_k: jax.Array  # [H, NT, 2]
+    sigma_v: jax.Array  # [H, NT, 3]
+    reach: jax.Array  # [H] largest ||k - c_k|| of the tiles read
+    nu_max: jax.Array  # [H] largest nu of the tiles read
+    eta_max: jax.Array  # [H] largest eta of the tiles read, at the finest level
+    kappa_max: jax.Array  # [H, 2] largest kappa of the tiles read
+    key_centre_norm: jax.Array  # [H] rounded up
+    value_centre_norm: jax.Array  # [H]
+    key_centre: jax.Array  # [H, d]
+    value_centre: jax.Array  # [H, d]
+    active: jax.Array  # [H, NT] bool, tiles read from tier 1
+    live: jax.Array  # [H, W] int32, tokens in each window tile
+    meta: jax.Array  # [H, 4] int32: layer, first and end of the active tiles, length
+
+
+def layer_of(cache: TieredKVCache, layer: jax.Array) -> Layer:
+    """`cache`: stacked, leaves `[L, b, Hkv, ...]`, with `length` the tokens to attend to."""
+    n_layers, b, n_heads = cache.ring_keys.shape[:3]
+    heads, size = b * n_heads, cache.block_size
+
+    def flat(x, drop=0):  # [L, b, Hkv, NB, ...] -> [L, H, ...], the next `drop` axes joined
+        rest = x.shape[3:]
+        joined = (math.prod(rest[: drop + 1]), *rest[drop + 1 :])
+        return x.reshape(n_layers, heads, *joined)
+
+    def here(x):  # one layer's small array
+        x = jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
+        return x.reshape(heads, *x.shape[2:]).astype(jnp.float32)
+
+    codes, notes, length = cache.codes, cache.notes, cache.length
+    last = (length - 1) // size
+    first = cache.sink_keys.shape[-2] // size
+    end = jnp.clip(last - cache.ring_blocks + 1, first, cache.n_blocks)
+    block = jnp.arange(cache.n_blocks)
+    active = (block >= first) & (block < end[:, None])
+    # The sink speaks for its blocks only until the ring holds them.
+    sink = jnp.clip(jnp.minimum(length[:, None], (last - cache.ring_blocks + 1)[:, None] * size)
+                    - jnp.arange(first) * size, 0, size)  # fmt: skip
+    held = ring_block_index(length, cache.ring_blocks, size)
+    ring = jnp.where(held >= 0, jnp.clip(length[:, None] - held * size, 0, size), 0)
+
+    def per_head(x):
+        return jnp.repeat(x, n_heads, axis=0)
+
+    active = per_head(active)
+    meta = jnp.stack([jnp.full_like(length, layer), jnp.full_like(length, first), end, length], -1)
+    host = (None, None)
+    if cache.host_keys is not None:
+        host = tuple(x.reshape(n_layers, heads, *x.shape[3:]) for x in (cache.host_keys, cache.host_values))
+    kappa, eta, nu = here(notes.kappa.peak), here(notes.eta.peak), here(notes.nu.peak)
+    reach, nu_max, eta_max, *kappa_max = rd.together(
+        1, *((jnp.where(active, x, 0.0), rd.MAX) for x in (here(notes.k_norm), nu, eta[..., 1], kappa[..., 0],
+                                                           kappa[..., 1]))
+    )  # fmt: skip
+    key_centre, value_centre = here(cache.stats.key_centre), here(cache.stats.value_centre)
+    centre_norms = [
+        jnp.sqrt(x) * num.NORM_SLACK + cache.head_dim**0.5 * VANISHED
+        for x in rd.sums(-1, key_centre**2, value_centre**2)
+    ]
+    windows = [
+        flat(x)
+        for x in (cache.sink_keys, cache.sink_values, cache.ring_keys, cache.ring_values)
+        if x.shape[-2]
+    ]
+    return Layer(
+        keys=flat(codes.k_planes[0], 1),
+        keys_low=flat(codes.k_planes[1], 1),
+        key_scale=flat(codes.k_scale, 1),
+        values=flat(codes.v_planes[0]),
+        values_low=flat(codes.v_planes[1]),
+        value_scale=flat(codes.v_scale, 1),
+        nu=flat(notes.nu.share, 1),
+        windows=tuple(windows),
+        host_keys=host[0],
+        host_values=host[1],
+        kappa_peak=kappa,
+        eta_peak=eta,
+        nu_peak=nu,
+        sigma_k=here(notes.sigma_k),
+        sigma_v=here(notes.sigma_v),
+        reach=reach,
+        nu_max=nu_max,
+        eta_max=eta_max,
+        kappa_max=jnp.stack(kappa_max, -1),
+        key_centre=key_centre,
+        value_centre=value_centre,
+        key_centre_norm=centre_norms[0],
+        value_centre_norm=centre_norms[1],
+        active=active,
+        live=per_head(jnp.concatenate([sink, ring], -1)).astype(jnp.int32),
+        meta=per_head(meta).astype(jnp.int32),
+    )
+
+
+@struct.dataclass
+class Queries:
+    """The queries of a step, turned and as they are, and what every score of theirs is off by at most."""
+
+    turned: qr.Fixed
+    plain: qr.Fixed
+    scan: jax.Array  # [H, 3, C] coefficients of the first pass
+    attend: jax.Array  # [H, 4, C] coefficients of the second
+    originals: jax.Array  # [H, 2, C] coefficients of passes over originals
+    norm: jax.Array  # [H, C] ||q|| / sqrt(d), rounded up
+    eps: jax.Array  # [H, C] bound on the error of a score from tier 1, and of its exponential
+    eps_original: jax.Array  # [H, C] the same, per unit of the longest original key
+    reference: jax.Array  # [H, C] what scores are less of, in nats
+
+    @property
+    def pair(self) -> jax.Array:
+        return qr.bf16_pair(self.plain)
+
+
+ROOM = 40.0
+"""Weights may grow to `e^ROOM`, so that sums of their squares stay below the largest float32 (docs/kernels.md)."""
+
+TENSOR_UNIT = 2.0**-22
+"""Allowance for one accumulation of the matrix unit, relative to the sum of magnitudes (docs/kernels.md, A5)."""
+
+VANISHED = 2.0**-62
+"""Norms below this may vanish when squared."""
+
+
+@functools.cache
+def rotation_matrix(d: int) -> np.ndarray:
+    """`R^T` with `x @ R^T = R x`, entries exact but for one rounding."""
+    with jax.ensure_compile_time_eval():
+        return np.asarray(rotation.rotate(jnp.eye(d, dtype=jnp.float32)))
+
+
+def turn_back(y: jax.Array) -> jax.Array:
+    """`R^T y` over the last axis, as a plain sum: each component is off by at most `gamma(d + 2) ||y||`."""
+    return (y[..., :, None] * rotation_matrix(y.shape[-1]).T).sum(-2)
+
+
+def turning_back(d: int) -> float:
+    """Relative error in norm of `turn_back`."""
+    return d**0.5 * num.gamma(d + 2)
+
+
+def _turn(q: jax.Array, largest: jax.Array) -> jax.Array:
+    """`R q`, within `4 u ||q||` in norm. `largest`: [..., 1] at least every element's size.
+
+    Elements are cut at a multiple of `2^-16 largest` (or so): the sums of the upper parts, at most 2^23 such steps, are
+    exact, and those of the lower parts too small to matter.
+    """
+    d = q.shape[-1]
+    matrix = rotation_matrix(d)
+    signs, size = np.sign(matrix).astype(np.float32), float(np.abs(matrix).max())
+    step = jnp.exp2(jnp.ceil(jnp.log2(jnp.maximum(largest, VANISHED))) - 15)
+    upper = jnp.round(q / step)
+    lower = q - upper * step
+    upper, lower = rd.sums(-2, upper[..., :, None] * signs, lower[..., :, None] * signs)
+    return (upper * step + lower) * size
+
+
+def prepare(q: jax.Array, layer: Layer) -> Queries:
+    """`q`: [H, G, d] float32, d a power of two."""
+    d = q.shape[-1]
+    q = jnp.pad(q, ((0, 0), (0, qr.COLUMNS - q.shape[1]), (0, 0)))
+    largest, square, centre = rd.together(
+        -1, (jnp.abs(q), rd.MAX), (q * q, rd.SUM), (q * layer.key_centre[:, None], rd.SUM)
+    )
+    length = jnp.sqrt(square) * num.NORM_SLACK + d**0.5 * VANISHED  # ||q||
+    rotated = _turn(q, largest[..., None])
+    largest_turned, total = rd.together(-1, (jnp.abs(rotated), rd.MAX), (rotated, rd.SUM))
+    turned, plain = qr.fixed_point(rotated, largest_turned), qr.fixed_point(q, largest)
+    per_log = qr.LOG2_E * d**-0.5
+    total = total * per_log
+    norm = length * (d**-0.5 * num.NORM_SLACK)
+    centre_norm = layer.key_centre_norm[:, None]
+    reach = layer.reach[:, None]
+    reference = norm * (reach + centre_norm) - ROOM  # of any score, less the room that is left
+    shift = centre * per_log - reference * qr.LOG2_E
+    unit = turned.scale * (16 * per_log)
+    # Everything a score is made of, by magnitude, in nats; sums over channels are in `centre` and `total` alone.
+    size = norm * (reach + centre_norm) + jnp.abs(reference)
+    summed = norm * (centre_norm + 0.1 * reach)
+    evaluated = 32 * num.U * size + 2 * num.gamma(d + 4) * summed + num.EXP_RELATIVE_ERROR
+    # `total` is that of the query before it was made fixed-point, which counts for less than a tenth.
+    inexact = (1.1 * turned.error + 8 * num.U * length) * (d**-0.5 * num.NORM_SLACK)
+    tensor = (d // 16 + 4) * 2 * TENSOR_UNIT * norm
+    return Queries(
+        turned=turned,
+        plain=plain,
+        scan=jnp.stack([unit, 8 * total, shift], 1),
+        attend=jnp.stack([unit, unit / 256, 8.5 * total, shift], 1),
+        originals=jnp.stack([plain.scale * per_log, -reference * qr.LOG2_E], 1),
+        norm=norm,
+        eps=inexact * reach * num.NORM_SLACK + evaluated,
+        eps_original=plain.error * (d**-0.5 * num.NORM_SLACK) + tensor,
+        reference=reference,
+    )
+
+
+def eps_of_originals(queries: Queries, longest: jax.Array) -> jax.Array:
+    """Bound on the error of a score of an original key, `longest` being the longest: `[H, 1]` or `[H, C]`."""
+    evaluated = 32 * num.U * (queries.norm * longest + jnp.abs(queries.reference)) + num.EXP_RELATIVE_ERROR
+    return queries.eps_original * longest * num.NORM_SLACK + evaluated

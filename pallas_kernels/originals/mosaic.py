@@ -1,0 +1,122 @@
+"""Attention over original keys and values on Mosaic GPU: windows on the device, blocks of tier 2 from host memory.
+
+Twin: `originals/reference.py`.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import mosaic as mg
+from pallas_kernels.mosaic import COLUMNS, TILE
+
+LOWEST = -1e30
+"""Score of what is not attended to."""
+
+
+def attend_original_tile(keys, values, live, queries, unit, shift, buffers, carry):
+    """One tile of originals in global memory (of the device or of the host): [TILE, d] bfloat16 each, `live` tokens."""
+    k, v, w_high, w_low = buffers
+    acc, total, k_max, v_max, peak = carry  # the squares of the longest key and value; the largest score
+    d = keys.shape[-1]
+    copied = plgpu.Layout.SMEM_GMEM_COPY((TILE, d), jnp.bfloat16, plgpu.find_swizzle(16 * d))
+    k[...] = plgpu.load(keys, layout=copied, optimized=False)
+    v[...] = plgpu.load(values, layout=copied, optimized=False)
+    plgpu.commit_smem()
+
+    high = mg.sum_products(TILE, [(k, queries[0].transpose((1, 0)))])
+    low = mg.sum_products(TILE, [(k, queries[1].transpose((1, 0)))])
+    x = (high * 256 + low) * unit + shift
+    seen = lax.broadcasted_iota(jnp.int32, (TILE, COLUMNS), 0) < live
+    x = jnp.where(seen, x, jnp.full((TILE, COLUMNS), LOWEST, jnp.float32))
+    higher = jnp.maximum(peak, x.max(axis=0))
+    shrink = jnp.exp2(peak - higher)
+    p = jnp.exp2(x - mg.over_rows(higher, TILE))
+    p = jnp.where(seen, p, jnp.zeros((TILE, COLUMNS), jnp.float32))
+    mg.store_weights(p, w_high, w_low)
+    acc = acc * mg.over_rows(shrink, d)
+    turned = v.transpose((1, 0))[...]
+    acc = mg.accumulate(acc, [(turned, ref.transpose((1, 0))) for ref in (w_high, w_low)])
+
+    def largest(ref):
+        x = ref[...].astype(jnp.float32)
+        return mg.over_columns((x * x).sum(axis=1)).max(axis=0)
+
+    total = total * shrink + p.sum(axis=0)
+    return acc, total, jnp.maximum(k_max, largest(k)), jnp.maximum(v_max, largest(v)), higher
+
+
+def scratch_of_a_tile(d: int) -> list:
+    """Shared memory for `attend_original_tile`."""
+    return [*[mg.tile_ref((TILE, d), jnp.bfloat16)] * 2, *[mg.weights_ref()] * 2]
+
+
+def nothing(d: int):
+    zero = jnp.zeros((COLUMNS,), jnp.float32)
+    return jnp.zeros((d, COLUMNS), jnp.float32), zero, zero, zero, jnp.full((COLUMNS,), LOWEST, jnp.float32)
+
+
+def store_result(carry, out, sums, out_ref, sums_ref) -> None:
+    acc, *rest = carry
+    out[...] = acc
+    for i, row in enumerate(rest):
+        sums[i] = row
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(out, out_ref)
+    plgpu.copy_smem_to_gmem(sums, sums_ref)
+
+
+def attend_originals(meta, chosen, q_pair, coefficients, keys, values, *, splits: int, interpret=False):
+    n_layers, heads, n, d = keys.shape
+
+    def kernel(meta_ref, chosen_ref, q_ref, co_ref, k_ref, v_ref, acc_ref, sums_ref, *scratch):
+        flags, qh, ql, co, order, out, sums, barrier, *buffers = scratch
+        h, split = lax.axis_index("h"), lax.axis_index("s")
+        layer, length = meta_ref[h, 0], meta_ref[h, 3]
+        loads = ((chosen_ref.at[h], flags), (q_ref.at[h, 0], qh), (q_ref.at[h, 1], ql), (co_ref.at[h], co))
+        for source, target in loads:
+            plgpu.copy_gmem_to_smem(source, target, barrier)
+        plgpu.barrier_wait(barrier)
+
+        count = mg.list_chosen(flags, order, split, splits)
+        unit, shift = (mg.over_rows(co[i], TILE) for i in range(2))
+
+        def visit(i, carry):
+            start = order[i] * TILE
+            here = pl.ds(start, TILE)
+            return attend_original_tile(
+                k_ref.at[layer, h, here], v_ref.at[layer, h, here], length - start, (qh, ql), unit, shift, buffers,
+                carry,
+            )  # fmt: skip
+
+        carry = lax.fori_loop(0, count, visit, nothing(d))
+        store_result(carry, out, sums, acc_ref.at[h, split], sums_ref.at[h, split])
+        plgpu.wait_smem_to_gmem(0)
+
+    f32 = jnp.float32
+    run = plgpu.kernel(
+        kernel,
+        out_type=[
+            jax.ShapeDtypeStruct((heads, splits, d, COLUMNS), f32),
+            jax.ShapeDtypeStruct((heads, splits, 4, COLUMNS), f32),
+        ],
+        grid=(heads, splits),
+        grid_names=("h", "s"),
+        compiler_params=mg.PARAMS,
+        scratch_types=[
+            plgpu.SMEM((chosen.shape[1],), jnp.int32),
+            *[mg.tile_ref((COLUMNS, d), jnp.bfloat16)] * 2,
+            plgpu.SMEM((2, COLUMNS), f32),
+            plgpu.SMEM((-(-chosen.shape[1] // splits),), jnp.int32),
+            plgpu.SMEM((d, COLUMNS), f32),
+            plgpu.SMEM((4, COLUMNS), f32),
+            plgpu.Barrier(num_arrivals=4),
+            *scratch_of_a_tile(d),
+        ],
+        interpret=interpret,
+    )
+    return run(meta, chosen, q_pair, coefficients, keys, values)

@@ -1,0 +1,73 @@
+"""Twin of `originals/mosaic.py`: attention over chosen tiles of originals."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+TILE = 128
+LOWEST = -1e30
+"""Score of what is not attended to."""
+
+
+def attend_tile_of_originals(
+    keys: jax.Array,  # [H, 128, d]
+    values: jax.Array,  # [H, 128, d]
+    live: jax.Array,  # [H] int32, tokens to attend to, the first ones
+    q_pair: jax.Array,  # [H, 2, C, d]
+    coefficients: jax.Array,  # [H, 2, C] float32: unit, shift
+) -> tuple[jax.Array, jax.Array]:
+    """`sum w v` [H, d, C], and [H, 4, C]: `sum w`, the squares of the longest key and of the longest value (of all
+    tokens of a tile that has a live one; what is not live must be finite), and the largest score x, with
+    `w_t = 2^(x_t - x)`."""
+    seen = (jnp.arange(TILE) < live[:, None])[..., None]
+    k, v = keys.astype(jnp.float32), values.astype(jnp.float32)
+    q = q_pair.astype(jnp.float32)
+    dot = jnp.einsum("htd,hcd->htc", k, q[:, 0] * 256 + q[:, 1], precision="highest")
+    x = jnp.where(seen, dot * coefficients[:, None, 0] + coefficients[:, None, 1], LOWEST)
+    peak = x.max(1)
+    w = jnp.where(seen, jnp.exp2(x - peak[:, None]), 0.0)
+    acc = jnp.einsum("htd,htc->hdc", v, w, precision="highest")
+    total = w.sum(1)
+    some = (live > 0)[:, None]
+    longest = (jnp.where(some, (x * x).sum(-1).max(1, keepdims=True), jnp.zeros_like(total)) for x in (k, v))
+    return acc, jnp.stack([total, *longest, peak], 1)
+
+
+def attend_originals(
+    meta: jax.Array,  # [H, 4] int32
+    chosen: jax.Array,  # [H, NT or more] int32, 1 where a tile is read
+    q_pair: jax.Array,  # [H, 2, C, d] bfloat16
+    coefficients: jax.Array,  # [H, 2, C] float32: unit, shift
+    keys: jax.Array,  # [L, H, N, d] bfloat16, in host memory or on the device
+    values: jax.Array,  # [L, H, N, d] bfloat16
+    *,
+    splits: int = 1,
+) -> tuple[jax.Array, jax.Array]:
+    """As `attend_tile_of_originals`, of the chosen tiles in as many parts as there are `splits`, programs that share the
+    tiles of a head: [H, S, d, C], [H, S, 4, C]."""
+    heads, n, d = keys.shape[1:]
+    layer, length = meta[0, 0], meta[:, 3]
+    k, v = (_on_device(x, layer).reshape(heads, -1, TILE, d).swapaxes(0, 1) for x in (keys, values))
+    start = jnp.arange(n // TILE) * TILE
+    flags = chosen[:, : n // TILE].T  # [NT, H]
+
+    def tile(x):
+        k, v, start, flag = x
+        return attend_tile_of_originals(k, v, jnp.where(flag > 0, length - start, 0), q_pair, coefficients)
+
+    acc, sums = jax.lax.map(tile, (k, v, start, flags))  # [NT, H, d, C], [NT, H, 4, C]
+    pad = -acc.shape[0] % splits
+    acc = jnp.pad(acc, ((0, pad), (0, 0), (0, 0), (0, 0)))
+    sums = jnp.concatenate([sums, jnp.zeros((pad, *sums.shape[1:])).at[:, :, 3].set(LOWEST)])
+    acc, sums = (x.reshape(-1, splits, *x.shape[1:]).swapaxes(1, 2) for x in (acc, sums))  # [., H, S, ...]
+    peak = sums[..., 3, :].max(0)
+    scale = jnp.exp2(sums[..., 3, :] - peak)
+    total = (sums[..., 0, :] * scale).sum(0)
+    return (acc * scale[..., None, :]).sum(0), jnp.stack([total, *(sums[..., i, :].max(0) for i in (1, 2)), peak], 2)
+
+
+def _on_device(x: jax.Array, layer: jax.Array) -> jax.Array:
+    piece = jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
+    in_host_memory = jax.typeof(piece).memory_space == jax.memory.Space.Host
+    return jax.device_put(piece, jax.memory.Space.Device) if in_host_memory else piece
