@@ -126,21 +126,34 @@ def store_sums(w: jax.Array, nu, target) -> None:
     target[2] = (w * w).sum(axis=0)
 
 
+FLAGS = 256
+"""Longest row that one copy takes."""
+
+
+def rows_of_flags(chosen: jax.Array) -> jax.Array:
+    """`[H, n]` int32 -> [H, r, w], padded with 0 to whole rows of whole 16 bytes."""
+    n = chosen.shape[1]
+    width = min(FLAGS, n + -n % 4)
+    return jnp.pad(chosen, ((0, 0), (0, -n % width))).reshape(chosen.shape[0], -1, width)
+
+
 def list_chosen(flags, order, split: jax.Array, splits: int) -> jax.Array:
-    """Write the tiles of a program whose flags are set to `order`; returns how many. `flags`: [n] int32 of 0 and 1.
+    """Write the tiles of a program whose flags are set to `order`; returns how many. `flags`: [r, w] int32 of 0 and 1.
 
     Program `split` of `splits` looks at tiles `split`, `split + splits` ...: what lies together is shared out.
     """
-    n = flags.shape[0]
+    rows, width = flags.shape
+    n = rows * width
 
     def visit(i, count):
         tile = split + i * splits
+        flag = flags[tile // width, tile % width]
 
-        @pl.when(flags[tile] > 0)
+        @pl.when(flag > 0)
         def _():
             order[count] = tile
 
-        return count + flags[tile]
+        return count + flag
 
     count = lax.fori_loop(0, (n - split + splits - 1) // splits, visit, jnp.int32(0))
     plgpu.commit_smem()  # every thread has written before any reads

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from certjax.cli.audit import audit_command
+from certjax.cli.bench import bench_command
 from certjax.cli.convert import convert_command
 from certjax.cli.generate import generate_command
 
@@ -18,3 +19,4 @@ def main() -> None:
 main.add_command(generate_command)
 main.add_command(convert_command)
 main.add_command(audit_command)
+main.add_command(bench_command)

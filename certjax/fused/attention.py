@@ -41,7 +41,7 @@ def fused_attention(
     step = _Step(q, cache, layer, policy, kernels)
     scanned, windows = step.scan()
     plan = step.plan(scanned, windows)
-    found = step.attend(scanned, windows, plan)
+    found = step.attend(scanned, windows, plan, promote=policy.tolerance is not None)
     judged = step.judge(found)
     passed = step.consistent(scanned, plan, found, windows)
     return step.finish(judged, plan, passed, sound)
@@ -53,7 +53,7 @@ def fused_naive(
     """Tier 1 at its finest and the windows, nothing checked: `[b, Hkv, G, d]` float32."""
     step = _Step(q, cache, layer, policy, kernels)
     scanned, windows = step.scan(only_windows=True)
-    found = step.attend(scanned, windows, step.everything())
+    found = step.attend(scanned, windows, step.everything(), promote=False)
     return step.judge(found).out[:, : q.shape[2]].reshape(q.shape)
 
 
@@ -95,24 +95,24 @@ class _Step:
             return self.everything()
         return choose(self.policy, self.batch, self.group, scanned, windows, self.queries, self.layer)
 
-    def attend(self, scanned: bd.TileSums, windows: bd.Exact, plan: Plan) -> bd.Pass:
-        """Read what a plan asks for."""
+    def attend(self, scanned: bd.TileSums, windows: bd.Exact, plan: Plan, *, promote: bool) -> bd.Pass:
+        """Read what a plan asks for; without `promote` it asks for nothing of tier 2."""
         x, q = self.layer, self.queries
         acc, stats = self.kernels.attend(
-            x.meta, _flags(plan.read), q.turned.high, q.turned.low,
+            x.meta, plan.read.astype(jnp.int32), q.turned.high, q.turned.low,
             qr.split_channels(qr.bf16_pair(q.turned)), q.attend, x.keys, x.keys_low, x.key_scale, x.values,
             x.values_low, x.value_scale, x.nu,
         )  # fmt: skip
         coarse = jax.tree.map(lambda a: jnp.where(plan.promoted[..., None], 0.0, a), scanned)
         sums = bd.selected(plan.read, bd.tile_sums(stats, x), coarse)
-        exact = windows if self.policy.tolerance is None else bd.joined(windows, self.originals(plan.promoted))
+        exact = bd.joined(windows, self.originals(plan.promoted)) if promote else windows
         return bd.Pass(sums=sums, read=plan.read, promoted=plan.promoted, values=acc.sum(1), exact=exact)
 
     def originals(self, chosen: jax.Array, *, alone: bool = False) -> bd.Exact:
         """Attend to the originals of the `chosen` tiles `[H, NT]`, from the host; `alone` if to nothing else."""
         x, q = self.layer, self.queries
         return bd.exact_of(
-            *self.kernels.originals(x.meta, _flags(chosen), q.pair, q.originals, x.host_keys, x.host_values),
+            *self.kernels.originals(x.meta, chosen.astype(jnp.int32), q.pair, q.originals, x.host_keys, x.host_values),
             alone=alone,
         )
 
@@ -202,11 +202,6 @@ class _Step:
 
 
 _BOUNDS = ("e_key", "e_val", "e_arith", "e_total", "e_key_paper", "e_val_paper")
-
-
-def _flags(chosen: jax.Array) -> jax.Array:
-    """`[H, NT]` bool -> int32, padded to whole 16 bytes."""
-    return jnp.pad(chosen, ((0, 0), (0, -chosen.shape[1] % 4))).astype(jnp.int32)
 
 
 def _scan_bytes(d: int) -> float:

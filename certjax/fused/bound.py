@@ -94,7 +94,8 @@ class Exact:
 def exact_of(acc: jax.Array, sums: jax.Array, *, alone: bool = False) -> Exact:
     """Joins parts: `acc` [H, S, d, C], `sums` [H, S, 4, C].
 
-    In units of `e^reference`, or, where nothing else is to be added, of the largest weight: scores may then be anything.
+    In units of `e^reference`, or, where nothing else is to be added (`alone`), of the largest weight: scores may then
+    be anything.
     """
     peak = sums[:, :, 3]
     scale = jnp.exp2(peak - peak.max(1, keepdims=True) if alone else peak)
@@ -193,6 +194,8 @@ def judge(found: Pass, queries: Queries, layer: Layer, chain: int) -> Judged:
     n_tokens = (n_tiles + 64) * TILE
     flushed = n_tokens * num.UNDERFLOW / total * jnp.exp(delta_max) * grow * grow / l_minus
     flushed *= nu_max + layer.eta_max[:, None] + h
+    # Weights times a value's scale, and their lower halves, may vanish too: 2^-125 each, times a code.
+    flushed += n_tokens * (2.0**-118 * d**0.5) / total
     valid = (eps < num.MAX_DELTA) & (delta_max < num.MAX_DELTA)
     e_key = jnp.where(delta_max < num.MAX_DELTA, e_key, jnp.inf)
     e_arith = jnp.where(valid, widened + flushed + accumulated, jnp.inf)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import lax
 
@@ -70,15 +71,15 @@ def choose(
 
     skipped, read = shares(False), shares(True)
     # Computed once, not once a price.
-    skipped, read, joint_skipped, joint_read = lax.optimization_barrier((skipped, read, joint(skipped), joint(read)))
+    skipped, read = lax.optimization_barrier((skipped, read))
     host = policy.host_price * ORIGINAL / FINEST  # the price of originals, in tiles read
 
     def levels(price):  # 0 skip, 1 read, 2 promote
-        fine = joint_read + price
-        level = jnp.where(joint_skipped <= fine, 0, 1)
-        return jnp.where(jnp.minimum(joint_skipped, fine) > price * host, 2, level)
+        coarse, fine = joint(skipped), joint(read) + price
+        level = jnp.where(coarse <= fine, 0, 1)
+        return jnp.where(jnp.minimum(coarse, fine) > price * host, 2, level)
 
-    prices = jnp.exp2(-jnp.arange(PRICES, dtype=jnp.float32) / STEPS)
+    prices = jnp.asarray(np.exp2(-np.arange(PRICES) / STEPS), jnp.float32)
     level = levels(prices[:, None, None])[..., None]  # [J, H, NT, 1]
     left = jnp.where(level == 0, skipped, jnp.where(level == 1, read, 0.0)).sum(2) + rounding  # [J, H, G]
     by_row = left.reshape(PRICES, batch, -1)

@@ -21,6 +21,8 @@ def attend_tiles(meta, chosen, q_high, q_low, q_halves, coefficients, keys, keys
     n_tiles = n // TILE
     half_d = d // 2
 
+    chosen = mg.rows_of_flags(chosen)
+
     def kernel(meta_ref, chosen_ref, qh_ref, ql_ref, qq_ref, co_ref, *refs):
         sources, (acc_ref, stats_ref), scratch = refs[:7], refs[7:9], refs[9:]
         flags, qh, ql, q00, q01, q10, q11, co, order, stats, out, w_high, w_low, *rest = scratch
@@ -102,12 +104,12 @@ def attend_tiles(meta, chosen, q_high, q_low, q_halves, coefficients, keys, keys
         grid_names=("h", "s"),
         compiler_params=mg.PARAMS,
         scratch_types=[
-            plgpu.SMEM((chosen.shape[1],), jnp.int32),
+            plgpu.SMEM(chosen.shape[1:], jnp.int32),
             mg.tile_ref((COLUMNS, d), jnp.int8),
             mg.tile_ref((COLUMNS, d), jnp.int8),
             *[mg.tile_ref((COLUMNS, half_d), jnp.bfloat16)] * 4,
             plgpu.SMEM((4, COLUMNS), f32),
-            plgpu.SMEM((-(-chosen.shape[1] // splits),), jnp.int32),
+            plgpu.SMEM((-(-chosen.shape[1] * chosen.shape[2] // splits),), jnp.int32),
             plgpu.SMEM((2, 3, COLUMNS), f32),
             plgpu.SMEM((d, COLUMNS), f32),
             mg.weights_ref(),

@@ -73,6 +73,8 @@ def store_result(carry, out, sums, out_ref, sums_ref) -> None:
 def attend_originals(meta, chosen, q_pair, coefficients, keys, values, *, splits: int, interpret=False):
     n_layers, heads, n, d = keys.shape
 
+    chosen = mg.rows_of_flags(chosen)
+
     def kernel(meta_ref, chosen_ref, q_ref, co_ref, k_ref, v_ref, acc_ref, sums_ref, *scratch):
         flags, qh, ql, co, order, out, sums, barrier, *buffers = scratch
         h, split = lax.axis_index("h"), lax.axis_index("s")
@@ -108,10 +110,10 @@ def attend_originals(meta, chosen, q_pair, coefficients, keys, values, *, splits
         grid_names=("h", "s"),
         compiler_params=mg.PARAMS,
         scratch_types=[
-            plgpu.SMEM((chosen.shape[1],), jnp.int32),
+            plgpu.SMEM(chosen.shape[1:], jnp.int32),
             *[mg.tile_ref((COLUMNS, d), jnp.bfloat16)] * 2,
             plgpu.SMEM((2, COLUMNS), f32),
-            plgpu.SMEM((-(-chosen.shape[1] // splits),), jnp.int32),
+            plgpu.SMEM((-(-chosen.shape[1] * chosen.shape[2] // splits),), jnp.int32),
             plgpu.SMEM((d, COLUMNS), f32),
             plgpu.SMEM((4, COLUMNS), f32),
             plgpu.Barrier(num_arrivals=4),

@@ -44,8 +44,8 @@ def attend_originals(
     *,
     splits: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
-    """As `attend_tile_of_originals`, of the chosen tiles in as many parts as there are `splits`, programs that share the
-    tiles of a head: [H, S, d, C], [H, S, 4, C]."""
+    """As `attend_tile_of_originals`, of the chosen tiles: [H, S, d, C], [H, S, 4, C], in S = `splits` parts, programs
+    that share the tiles of a head."""
     heads, n, d = keys.shape[1:]
     layer, length = meta[0, 0], meta[:, 3]
     k, v = (_on_device(x, layer).reshape(heads, -1, TILE, d).swapaxes(0, 1) for x in (keys, values))

@@ -1,0 +1,122 @@
+"""The attention op of one layer: dense, naive and certified, side by side on one workload."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from certjax.attention import certified_layer, naive_layer
+from certjax.bench import timing, workloads
+from certjax.cache import TieredKVCache
+from certjax.fused.dispatch import pick_backend
+from certjax.policy import Policy
+
+SHAPE = dict(n_kv_heads=8, group=4, d=128)
+"""One layer of LLaMA 3.1 8B."""
+
+
+def default_policy(tolerance: float = 0.05, **overrides) -> Policy:
+    """What the fused kernels cover, at a tolerance relative to the layer's norm."""
+    return Policy.budget(tolerance, block_size=128, **overrides)
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "batch", "n", "n_kv_heads", "group", "d"))
+def _problem(kind, key, batch, n, n_kv_heads, group, d):
+    return workloads.make(kind, key, batch, n_kv_heads, group, n, d)
+
+
+@functools.partial(jax.jit, static_argnames="policy")
+def _build(keys, values, policy):
+    return TieredKVCache.from_prefill(keys[None], values[None], policy, capacity=keys.shape[2])
+
+
+def dense_names() -> tuple[str, ...]:
+    """Implementations of `jax.nn.dot_product_attention` that this device has."""
+    return ("cudnn", "xla") if jax.devices()[0].platform == "gpu" else ("xla",)
+
+
+def dense(q: jax.Array, k: jax.Array, v: jax.Array, *, implementation: str) -> jax.Array:
+    """Dense decode attention in bfloat16. `q`: [b, Hq, d]; `k`, `v`: [b, n, Hkv, d], the layout that cuDNN reads."""
+    b, _, h, d = k.shape[0], k.shape[1], q.shape[1], k.shape[3]
+    q = q.astype(jnp.bfloat16).reshape(b, 1, h, d)
+    return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+
+
+def run(
+    contexts: list[int], batches: list[int], kinds: list[str], policy: Policy, *, loops: int = 9, seed: int = 0
+) -> Iterator[dict[str, Any]]:
+    """One row a context, batch and workload. Ratios are to the best dense implementation of the same row.
+
+    Yields
+    ------
+    dict
+        Microseconds (p50, p95, p99), bytes, counts and the certificate's figures.
+    """
+    for n in contexts:
+        for batch in batches:
+            baseline = None
+            for kind in kinds:
+                q, k, v = _problem(kind, jax.random.key(seed), batch, n, **SHAPE)
+                if baseline is None:
+                    kd, vd = (jax.block_until_ready(x.swapaxes(1, 2)) for x in (k, v))
+                    baseline = {
+                        name: timing.quantiles(
+                            timing.per_call(functools.partial(dense, implementation=name), q, kd, vd, loops=loops)
+                        )
+                        for name in dense_names()
+                    }
+                    del kd, vd
+                yield _row(kind, n, batch, q, k, v, policy, baseline, loops)
+
+
+def _row(kind, n, batch, q, k, v, policy: Policy, baseline, loops) -> dict[str, Any]:
+    cache = jax.block_until_ready(_build(k, v, policy))
+    layer = jnp.int32(0)
+    backend, reason = pick_backend(policy, cache, q.shape[1], explain=True)
+
+    def certified(q, cache):
+        return certified_layer(q, cache, layer, policy)[0]
+
+    def naive(q, cache):
+        return naive_layer(q, cache, layer, policy)
+
+    out, record = jax.jit(lambda q, c: certified_layer(q, c, layer, policy))(q, cache)
+    record = jax.device_get(record)
+    best = min(x["p50"] for x in baseline.values())
+    times = {
+        "certified": timing.quantiles(timing.per_call(certified, q, cache, loops=loops)),
+        "naive": timing.quantiles(timing.per_call(naive, q, cache, loops=loops)),
+    }
+    sizes = cache.nbytes()
+    originals = 2 * k.size * k.dtype.itemsize
+    read, paged = (float(getattr(record, f).sum()) for f in ("bytes_read", "bytes_paged_in"))
+    seconds = times["certified"]["p50"] * 1e-6
+    return {
+        "context": n,
+        "batch": batch,
+        "workload": kind,
+        "backend": backend,
+        "reason": reason,
+        "dense_us": baseline,
+        "certified_us": times["certified"],
+        "naive_us": times["naive"],
+        "certified_over_dense": round(times["certified"]["p50"] / best, 3),
+        "naive_over_dense": round(times["naive"]["p50"] / best, 3),
+        "dense_bytes": originals,
+        "bytes_read": read,
+        "bytes_paged_in": paged,
+        "read_GBps": round(read / seconds / 1e9, 1),
+        "device_bytes_over_dense": round((sizes["tier1"] + sizes["windows"]) / originals, 4),
+        "rungs": np.bincount(np.asarray(record.rung).ravel(), minlength=5).tolist(),
+        "tiles_read": float(record.n_key_refined.mean()),
+        "tiles_promoted": float(record.k_star.mean()),
+        "bound_over_tolerance": round(
+            float(np.sqrt(np.square(np.where(record.rung >= 3, 0.0, record.e_total)).mean())
+                  / max(float(np.sqrt(np.square(record.out_norm).mean())) * policy.tolerance, 1e-30)), 3
+        ),
+    }  # fmt: skip

@@ -1,0 +1,43 @@
+"""Rows of the benchmarks as Markdown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def _table(header: list[str], rows: list[list[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def attention_table(rows: list[dict[str, Any]]) -> str:
+    """Microseconds a call, ratios to the best dense implementation, and what was read."""
+    header = [
+        "context", "batch", "workload", "back end", "dense us", "naive us", "certified us p50 / p95 / p99",
+        "naive / dense", "certified / dense", "device MB read", "host MB read", "tiles read, promoted", "rungs 0-4",
+        "memory / dense",
+    ]  # fmt: skip
+    return _table(
+        header,
+        [
+            [
+                r["context"], r["batch"], r["workload"], r["backend"],
+                ", ".join(f"{name} {x['p50']:.0f}" for name, x in r["dense_us"].items()),
+                f"{r['naive_us']['p50']:.0f}",
+                " / ".join(f"{r['certified_us'][p]:.0f}" for p in ("p50", "p95", "p99")),
+                r["naive_over_dense"], r["certified_over_dense"], f"{r['bytes_read'] / 1e6:.1f}",
+                f"{r['bytes_paged_in'] / 1e6:.2f}", f"{r['tiles_read']:.1f}, {r['tiles_promoted']:.1f}",
+                " ".join(map(str, r["rungs"])), r["device_bytes_over_dense"],
+            ]
+            for r in rows
+        ],
+    )  # fmt: skip
+
+
+def step_table(rows: list[dict[str, Any]]) -> str:
+    """Milliseconds a step."""
+    names = [
+        "without attention", "dense attention, all layers", "dense", "naive", "certified", "certified_over_dense",
+        "paged_in_MB_a_step", "rungs",
+    ]  # fmt: skip
+    return _table(["context", *names], [[r["context"], *(r[name] for name in names)] for r in rows])

@@ -1,0 +1,97 @@
+"""`certjax bench`: attention and whole decode steps, dense, naive and certified side by side."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import click
+import jax
+
+from certjax.bench import attention, report, step
+from certjax.bench.workloads import WORKLOADS
+from certjax.cli.common import clean_errors, json_option, print_json
+
+_contexts = click.option(
+    "--contexts", default="8192,32768,65536,131072", show_default=True, help="Tokens in the cache, comma separated."
+)
+_tolerance = click.option(
+    "--tolerance", type=float, default=0.05, show_default=True, help="Certified error, relative to the layer's norm."
+)
+_out = click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=pathlib.Path), help="Write JSON here, and a table beside it."
+)
+
+
+def _whole(name: str, text: str) -> list[int]:
+    try:
+        numbers = [int(x) for x in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise click.BadParameter(f"give positive whole numbers separated by commas, got {text!r}.", param_hint=name)
+    return numbers
+
+
+def _finish(rows: list[dict[str, Any]], command: str, table, out: pathlib.Path | None, as_json: bool) -> None:
+    device = jax.devices()[0]
+    payload = {
+        "command": command,
+        "device": getattr(device, "device_kind", device.platform),
+        "jax": jax.__version__,
+        "rows": rows,
+    }
+    markdown = table(rows)
+    if out is not None:
+        out.write_text(json.dumps(payload, indent=1) + "\n")
+        out.with_suffix(".md").write_text(f"`{command}` on {payload['device']}, JAX {payload['jax']}\n\n{markdown}")
+    if as_json:
+        print_json(payload)
+    else:
+        click.echo(markdown)
+
+
+@click.group("bench")
+def bench_command() -> None:
+    """Time dense, naive and certified decoding on this machine."""
+
+
+@bench_command.command("attention")
+@_contexts
+@click.option("--batches", default="1", show_default=True, help="Sequences, comma separated.")
+@click.option("--workloads", default=",".join(WORKLOADS), show_default=True, help="Comma separated.")
+@_tolerance
+@_out
+@json_option
+def attention_command(contexts, batches, workloads, tolerance, out, as_json) -> None:
+    """The attention op of one layer of LLaMA 3.1 8B, with its certificate."""
+    kinds = workloads.split(",")
+    if unknown := [k for k in kinds if k not in WORKLOADS]:
+        message = f"unknown {', '.join(unknown)}; choose from {', '.join(WORKLOADS)}."
+        raise click.BadParameter(message, param_hint="--workloads")
+    rows = []
+    with clean_errors():
+        policy = attention.default_policy(tolerance)
+        for row in attention.run(_whole("--contexts", contexts), _whole("--batches", batches), kinds, policy):
+            rows.append(row)
+            name = f"{row['context']} x {row['batch']} {row['workload']}"
+            click.echo(f"{name}: {row['certified_over_dense']}x dense", err=True)
+    options = f"--contexts {contexts} --batches {batches} --workloads {workloads} --tolerance {tolerance}"
+    _finish(rows, f"certjax bench attention {options}", report.attention_table, out, as_json)
+
+
+@bench_command.command("step")
+@_contexts
+@_tolerance
+@_out
+@json_option
+def step_command(contexts, tolerance, out, as_json) -> None:
+    """A whole decode step of LLaMA 3.1 8B's shape with random weights (needs about 60 GB of GPU memory at 128K)."""
+    rows = []
+    with clean_errors():
+        policy = attention.default_policy(tolerance)
+        for n in _whole("--contexts", contexts):
+            rows.append(step.run(step.LLAMA_3_1_8B, policy, n))
+            click.echo(f"{n}: {rows[-1]['certified_over_dense']}x dense", err=True)
+    _finish(rows, f"certjax bench step --contexts {contexts} --tolerance {tolerance}", report.step_table, out, as_json)

@@ -1,0 +1,228 @@
+"""The fused path as a whole, on the kernels' twins: what it returns, refuses and falls back to."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from certjax import (
+    InvalidArgumentError,
+    LlamaConfig,
+    Model,
+    Policy,
+    TieredKVCache,
+    certified_attention,
+    generate,
+    pick_backend,
+)
+from certjax.attention import certified_layer, naive_layer
+from certjax.checks import scrubbed
+from certjax.cli import main
+from certjax.fused.ladder import allotted, heads_to_give_up
+from certjax.models.llama.modeling import init_params
+from tests.oracle import exact_error
+
+B, H, G, N, D = 2, 2, 4, 1024, 64
+LENGTHS = jnp.array([1000, 640])
+POLICY = Policy.budget(0.05, block_size=128, backend="reference", scrub=1)
+
+
+@functools.cache
+def originals():
+    """`q` [B, H G, D], keys and values [B, H, N, D]: values share a mean, one key is what a head looks for."""
+    a, b, c, d = jax.random.split(jax.random.key(3), 4)
+    q = jax.random.normal(a, (B, H, G, D))
+    keys = jax.random.normal(b, (B, H, N, D)).at[:, :, 300].set(2 * q.mean(2))
+    values = 0.3 * jax.random.normal(c, (B, H, N, D)) + jax.random.normal(d, (1, H, 1, D))
+    return q.reshape(B, -1, D), keys.astype(jnp.bfloat16), values.astype(jnp.bfloat16)
+
+
+@functools.partial(jax.jit, static_argnames="policy")
+def build(keys, values, policy):
+    return TieredKVCache.from_prefill(keys, values, policy, lengths=LENGTHS, capacity=N)
+
+
+certify = jax.jit(certified_attention, static_argnames="policy")
+
+
+def cache_of(policy=POLICY):
+    return build(*originals()[1:], policy)
+
+
+def test_choice_of_back_end_is_explained_and_can_be_overridden():
+    cache = cache_of()
+    name, reason = pick_backend(dataclasses.replace(POLICY, backend="auto"), cache, H * G, explain=True)
+    assert (name == "xla") == (jax.devices()[0].platform != "gpu") and reason
+    assert pick_backend(POLICY, cache, H * G) == "reference"
+    assert pick_backend(dataclasses.replace(POLICY, backend="xla"), cache, H * G) == "xla"
+
+
+@pytest.mark.parametrize(
+    "policy, words",
+    [
+        (Policy.paper(backend="reference"), "paper policy"),
+        (Policy.budget(backend="reference"), "block_size is 16"),
+        (Policy.budget(backend="reference", block_size=128, key_planes=(8, 2)), "codec"),
+        (Policy.budget(backend="reference", block_size=128, annotations="bfloat16"), "annotations"),
+    ],
+)
+def test_back_end_that_does_not_cover_the_policy_is_refused(policy, words):
+    with pytest.raises(InvalidArgumentError, match=words):
+        pick_backend(policy, cache_of(policy), H * G)
+
+
+@pytest.mark.skipif(jax.devices()[0].platform == "gpu", reason="the message of a machine without a GPU")
+def test_kernels_are_refused_without_their_device():
+    with pytest.raises(InvalidArgumentError, match="the device is a cpu"):
+        pick_backend(dataclasses.replace(POLICY, backend="mosaic_gpu"), cache_of(), H * G)
+
+
+def test_unknown_back_end_is_refused():
+    with pytest.raises(InvalidArgumentError, match="backend"):
+        Policy.budget(backend="cuda")
+
+
+@pytest.mark.parametrize("tolerance", [0.005, 0.05, 0.5])
+def test_bounds_hold_and_reading_falls_with_the_tolerance(tolerance):
+    q, k, v = originals()
+    policy = dataclasses.replace(POLICY, tolerance=tolerance)
+    out, record = jax.device_get(certify(q, cache_of(), policy))
+    assert (exact_error(out, q, k, v, LENGTHS) <= record.e_total).all()
+    assert ((record.e_total <= record.tolerance) | (record.rung >= 3)).all()
+    assert record.canary_ok.all() and record.precondition_ok.all()
+    tight = jax.device_get(certify(q, cache_of(), dataclasses.replace(POLICY, tolerance=tolerance / 4))[1])
+    used, more = (r.bytes_read.sum() + 8 * r.bytes_paged_in.sum() for r in (record, tight))
+    assert used <= more
+    assert record.rung.max() >= 2 if tolerance == 0.005 else record.rung.max() < 3
+
+
+def test_observe_returns_naive_attention_with_a_bound():
+    q, k, v = originals()
+    policy = Policy.observe(block_size=128, backend="reference")
+    cache = cache_of(policy)
+    out, record = certify(q, cache, policy)
+    naive = jax.jit(lambda q, c: naive_layer(q, c.stacked(), jnp.int32(0), policy))(q, cache)
+    np.testing.assert_array_equal(out, naive)
+    assert (exact_error(out, q, k, v, LENGTHS) <= np.asarray(record.e_total)).all()
+    assert (np.asarray(record.rung) == 0).all() and np.isinf(record.tolerance).all()
+
+
+def test_same_cache_on_xla_agrees_within_both_bounds():
+    q, *_ = originals()
+    out, record = certify(q, cache_of(), POLICY)
+    other, record_xla = certify(q, cache_of(), dataclasses.replace(POLICY, backend="xla"))
+    gap = np.linalg.norm(np.asarray(out - other, np.float64), axis=-1)
+    assert (gap <= np.asarray(record.e_total + record_xla.e_total)).all()
+
+
+def test_layer_of_a_stack_is_that_layer():
+    q, k, v = originals()
+    pair = TieredKVCache.from_prefill(
+        jnp.stack([v, k]), jnp.stack([k, v]), POLICY, lengths=LENGTHS, capacity=N
+    )
+    alone, _ = certify(q, cache_of(), POLICY)
+    stacked, _ = jax.jit(lambda q, c: certified_layer(q, c, jnp.int32(1), POLICY))(q, pair)
+    np.testing.assert_array_equal(alone, stacked)
+
+
+def test_damaged_codes_take_the_layer_to_dense():
+    q, k, v = originals()
+    cache = cache_of()
+    planes = list(cache.codes.k_planes)
+    planes[0] = planes[0].at[1, 0, 2, 5, 7].add(1)  # row 1, a block of tier 1
+    damaged = cache.replace(codes=cache.codes.replace(k_planes=tuple(planes)))
+    out, record = jax.device_get(certify(q, damaged, POLICY))
+    assert (record.rung[1] == 4).all() and not record.precondition_ok[1].any()
+    assert (record.rung[0] < 3).all() and record.precondition_ok[0].all()
+    assert (exact_error(out, q, k, v, LENGTHS) <= record.e_total).all()
+
+
+def test_scrubbing_of_a_stack_visits_every_layer_and_block():
+    q, k, v = originals()
+    cache = TieredKVCache.from_prefill(jnp.stack([k, k]), jnp.stack([v, v]), POLICY, lengths=LENGTHS, capacity=N)
+    scale = cache.codes.v_scale
+    damaged = cache.replace(codes=cache.codes.replace(v_scale=scale.at[1, 0, 1, 3, 9].multiply(2)))
+    scrub = jax.jit(lambda c: scrubbed(c, 4).counting())
+    for _ in range(8):  # two layers, four stripes
+        cache, damaged = scrub(cache), scrub(damaged)
+    assert cache.sound.all()
+    assert damaged.sound.tolist() == [False, True]
+
+
+def test_scores_beyond_every_range_go_dense_and_stay_certified():
+    q, k, v = originals()
+    out, record = jax.device_get(certify(q * 300, cache_of(), POLICY))
+    assert np.isfinite(out).all() and (record.rung >= 3).any()
+    assert (exact_error(out, q * 300, k, v, LENGTHS) <= record.e_total).all()
+
+
+@settings(max_examples=200)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    relative_to=st.sampled_from(["layer", "head", "absolute"]),
+    allotment=st.sampled_from(["pooled", "equal"]),
+)
+def test_contract_holds_whatever_dense_attention_returns(seed, relative_to, allotment):
+    rng = np.random.default_rng(seed)
+    policy = Policy.budget(0.1, relative_to, allotment=allotment)
+    shape = (3, 4, 2)
+    norm = jnp.asarray(np.exp(rng.normal(0, 2, shape)), jnp.float32)
+    bound = jnp.asarray(np.exp(rng.normal(-3, 2, shape)), jnp.float32)
+    bound = jnp.where(jnp.asarray(rng.random(shape) < 0.05), jnp.asarray(rng.choice([np.inf, np.nan])), bound)
+    gone = jnp.asarray(rng.random(shape[:2]) < 0.1)
+    dense = heads_to_give_up(policy, norm, bound, gone)[..., None]
+    assert bool((dense[..., 0] | ~gone).all())
+    norm = jnp.where(dense, jnp.asarray(rng.choice([0.0, 1.0, 1e6]), jnp.float32), norm)
+    tolerance = allotted(policy, norm, jnp.where(dense, 0.0, bound))
+    assert bool((dense | (bound <= tolerance)).all())
+
+
+def test_fewest_heads_go_dense():
+    norm = jnp.ones((1, 4, 1))
+    bound = jnp.array([0.01, 0.9, 0.02, 0.01])[None, :, None]
+    dense = heads_to_give_up(Policy.budget(0.05), norm, bound, jnp.zeros((1, 4), bool))
+    assert dense.tolist() == [[False, True, False, False]]
+
+
+@functools.cache
+def small_model():
+    config = LlamaConfig(
+        vocab_size=97, d_model=128, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=64, d_ff=96, rms_eps=1e-5,
+        context_length=2048, kv_dtype="bfloat16",
+    )  # fmt: skip
+    return Model(config=config, params=init_params(config, jax.random.key(0)), tokenizer=None)
+
+
+def test_generation_closes_blocks_and_keeps_the_contract():
+    prompt = np.random.default_rng(0).integers(0, 97, 635).tolist()
+    runs = {mode: generate(small_model(), prompt, max_new_tokens=20, mode=mode, policy=POLICY) for mode in
+            ("dense", "naive", "certified")}  # fmt: skip
+    record, valid = runs["certified"].telemetry.certificate, runs["certified"].telemetry.valid
+    assert valid.all() and (record.precondition_ok & record.canary_ok).all()
+    assert ((record.e_total <= record.tolerance) | (record.rung >= 3)).all()
+    # Block 4 closed after five tokens, and the scrubbing found nothing wrong with it.
+    assert len(runs["certified"].tokens[0]) == 20
+    agree = [(runs["dense"].tokens[0] == runs[mode].tokens[0]).mean() for mode in ("naive", "certified")]
+    assert agree[1] == 1.0, agree
+
+
+def test_bench_reports_ratios_in_a_table(tmp_path):
+    out = tmp_path / "bench.json"
+    arguments = ["bench", "attention", "--contexts", "512", "--workloads", "concentrated", "--out", str(out)]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert "certified / dense" in out.with_suffix(".md").read_text()
+    assert '"certified_over_dense"' in out.read_text()
+
+
+def test_bench_names_a_bad_argument():
+    result = CliRunner().invoke(main, ["bench", "attention", "--contexts", "8k"])
+    assert result.exit_code == 2 and "--contexts" in result.output
+    result = CliRunner().invoke(main, ["bench", "attention", "--workloads", "spiky"])
+    assert result.exit_code == 2 and "concentrated" in result.output
