@@ -132,6 +132,9 @@ CORE = ("paper", "paper_planes", "budget", "planes", "planes_fine", "planes_whol
         "fused_whole")  # fmt: skip
 """What every run of the suite looks at; the others take part in long runs (compiling each takes ten seconds)."""
 
+SEARCHED = ("paper", "budget", "planes", "fused")
+"""What hypothesis searches in every run of the suite; it searches all of them in long ones."""
+
 
 def shape_of(policy: Policy) -> dict[str, int]:
     """The shape that a policy is drawn for."""

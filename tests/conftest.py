@@ -32,7 +32,12 @@ def released_programs():
     jax.clear_caches()
 
 
+LONGEST = ("test_notebook.py", "test_soundness.py", "test_generate_codecs.py", "test_attention.py")
+"""Files that take minutes: they go first, so that no worker is left alone with one at the end."""
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     for item in items:
         if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
             item.add_marker(pytest.mark.skip(reason="no GPU"))

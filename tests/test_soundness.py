@@ -11,7 +11,10 @@ from tests import soundness
 
 @pytest.mark.parametrize(
     "policy",
-    [pytest.param(p, id=name, marks=() if name in adv.CORE else pytest.mark.long) for name, p in adv.POLICIES.items()],
+    [
+        pytest.param(policy, id=name, marks=() if name in adv.SEARCHED else pytest.mark.long)
+        for name, policy in adv.POLICIES.items()
+    ],
 )
 @settings(max_examples=10)
 @given(
