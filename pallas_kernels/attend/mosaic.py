@@ -60,10 +60,6 @@ def attend_tiles(meta, chosen, q_high, q_low, q_halves, coefficients, keys, keys
             acc, acc_low, off = carry
             slot = i % 2
 
-            @pl.when(i + 1 < count)
-            def _():
-                fetch(i + 1)
-
             plgpu.barrier_wait(arrived.at[slot])
             k, k_low, ks, v, v_low, vs, nu = (ref.at[slot] for ref in slots)
             coarse = mg.integer_dot(k, qh, ql)
@@ -75,7 +71,12 @@ def attend_tiles(meta, chosen, q_high, q_low, q_halves, coefficients, keys, keys
             p = jnp.exp2(x * mg.over_columns(ks[...].astype(jnp.float32)) + shift)
 
             tile = order[i]
-            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # a barrier, too: no warp is at the tile before any more
+
+            @pl.when(i + 1 < count)
+            def _():
+                fetch(i + 1)
+
             mg.store_sums(p, nu, stats.at[slot])
             w = p * mg.over_columns(vs[...].astype(jnp.float32))
             mg.store_weights(w, w_high, w_low)

@@ -24,6 +24,7 @@ def attend_original_tile(keys, values, live, queries, unit, shift, buffers, carr
     acc, total, k_max, v_max, peak = carry  # the squares of the longest key and value; the largest score
     d = keys.shape[-1]
     copied = plgpu.Layout.SMEM_GMEM_COPY((TILE, d), jnp.bfloat16, plgpu.find_swizzle(16 * d))
+    plgpu.commit_smem()  # a barrier: no warp reads the tile before any more
     k[...] = plgpu.load(keys, layout=copied, optimized=False)
     v[...] = plgpu.load(values, layout=copied, optimized=False)
     plgpu.commit_smem()
