@@ -273,13 +273,20 @@ def test_convert_of_a_source_that_is_not_there_is_a_message(tmp_path):
 # -- help ---------------------------------------------------------------------------------------------
 
 
+def commands(group=main, prefix=()):
+    """Every command by its words, those of groups included."""
+    for name, command in group.commands.items():
+        words = (*prefix, name)
+        yield from commands(command, words) if hasattr(command, "commands") else [words]
+
+
 @pytest.mark.smoke
-@pytest.mark.parametrize("command", main.commands)
-def test_help_of_every_command_lists_json(command):
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_help_of_every_command_lists_json(words):
     for flag in ("--help", "-h"):
-        result = run(command, flag)
+        result = run(*words, flag)
         assert result.exit_code == 0
-        assert "--json" in result.stdout and command in result.stdout
+        assert "--json" in result.stdout and " ".join(words) in result.stdout
 
 
 @pytest.mark.smoke
