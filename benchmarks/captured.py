@@ -18,9 +18,9 @@ import numpy as np
 from rich.progress import track
 
 import certjax
-from benchmarks.texts import NOVELS, novel
 from certjax.audit import exact
 from certjax.capture import Captured, capture
+from certjax.eval.texts import NOVELS, corpus
 
 PLAIN = dict(codec="int8_int4", annotations="bfloat16", spectral=False)
 POLICIES = {
@@ -58,7 +58,7 @@ def main() -> None:
     args = parser.parse_args()
 
     model = certjax.load("smollm2")
-    tokens = model.tokenizer.encode(novel(args.novel))[: args.tokens]
+    tokens = model.tokenizer.encode(corpus()[args.novel])[: args.tokens]
     seen = capture(model, tokens, n_queries=256)
     picked = np.linspace(0, 255, args.queries).astype(int)
     positions = [seen.positions[i] for i in picked]

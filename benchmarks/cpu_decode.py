@@ -14,7 +14,7 @@ import statistics
 import jax
 
 import certjax
-from benchmarks.texts import novel
+from certjax.eval.texts import corpus
 
 MODES = {
     "dense": ("dense", None),
@@ -34,7 +34,7 @@ def main() -> None:
     args = parser.parse_args()
 
     model = certjax.load("smollm2")
-    prompt = model.tokenizer.encode(novel("emma"))[2000 : 2000 + args.context - args.new_tokens]
+    prompt = model.tokenizer.encode(corpus()["emma"])[2000 : 2000 + args.context - args.new_tokens]
     times: dict[str, list[float]] = {name: [] for name in MODES}
     summary = {}
     for turn in range(args.rounds + 1):

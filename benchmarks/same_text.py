@@ -11,7 +11,7 @@ import json
 import sys
 
 import certjax
-from benchmarks.texts import NOVELS, novel
+from certjax.eval.texts import NOVELS, corpus
 
 QUESTIONS = (
     "What is the capital of France?",
@@ -30,8 +30,9 @@ PASSAGES = tuple((title, start, length) for title in NOVELS for start, length in
 def prompts(model: certjax.Model) -> list[tuple[str, list[int]]]:
     """Label and token ids of each of the twenty."""
     chat = [(q, model.tokenizer.encode(model.tokenizer.chat(q))) for q in QUESTIONS]
+    novels = corpus()
     books = [
-        (f"{title}, {length} tokens from {start}", model.tokenizer.encode(novel(title))[start : start + length])
+        (f"{title}, {length} tokens from {start}", model.tokenizer.encode(novels[title])[start : start + length])
         for title, start, length in PASSAGES
     ]
     return chat + books

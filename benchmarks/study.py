@@ -23,9 +23,9 @@ from rich.progress import Progress
 
 import certjax
 from benchmarks import formats
-from benchmarks.texts import conversation, novel
 from certjax.audit import audit_captured, spread
 from certjax.capture import Captured
+from certjax.eval.texts import corpus
 
 FIT = {"emma": "book", "mansfieldpark": "chat"}
 REPORTED = {"persuasion": "book", "sensesensibility": "book", "northangerabbey": "chat"}
@@ -35,13 +35,21 @@ RESULTS = Path(__file__).parent / "results" / "study.json"
 
 def texts(model, n_tokens: int):
     """Name, kind, set and tokens of every text."""
+    novels = corpus()
     for split, names in (("fit", FIT), ("reported", REPORTED)):
         for name, kind in names.items():
-            text = conversation(name, model.tokenizer) if kind == "chat" else novel(name)[40_000:]
+            text = conversation(novels[name], model.tokenizer) if kind == "chat" else novels[name][40_000:]
             tokens = model.tokenizer.encode(text)
             if len(tokens) < n_tokens:
                 raise SystemExit(f"{name} ({kind}) has {len(tokens)} tokens, {n_tokens} are asked for")
             yield name, kind, split, tokens[:n_tokens]
+
+
+def conversation(text: str, tokenizer) -> str:
+    """A long chat in the model's template: passages of `text` as the two sides' messages."""
+    paragraphs = [p.replace("\n", " ") for p in text.split("\n\n") if 80 < len(p) < 600][:400]
+    sides = ("user", "assistant")
+    return tokenizer.chat([{"role": sides[i % 2], "content": p} for i, p in enumerate(paragraphs)])
 
 
 def capture_all(folder: Path, n_tokens: int, n_queries: int) -> list[dict]:
