@@ -1,9 +1,9 @@
-"""The compiled programs of generation: prefill into a cache, and the decode loop. Pure functions."""
+"""The compiled programs of generation: prefill, a cache made of it, and the decode loop. Pure functions."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,19 @@ from certjax.prefill import prefill
 from certjax.sampling import Sampling, sample
 
 
+class Recorder(Protocol):
+    """What a decode loop writes of its steps: a pytree, carried by the loop."""
+
+    @classmethod
+    def empty(cls, config: LlamaConfig, mode: Mode, batch: int, max_steps: int) -> Self:
+        """With room for `max_steps` steps."""
+        ...
+
+    def add(self, records: Certificate | None, alive: jax.Array, at: jax.Array) -> Self:
+        """With step `at` (`[]` int32): its certificates `[L, batch, Hq]`, and the sequences `[batch]` it counts for."""
+        ...
+
+
 @struct.dataclass
 class Telemetry:
     """What every step said of itself.
@@ -38,6 +51,20 @@ class Telemetry:
     certificate: Certificate | None
     valid: jax.Array
 
+    @classmethod
+    def empty(cls, config: LlamaConfig, mode: Mode, batch: int, max_steps: int) -> Telemetry:
+        """As `Recorder`."""
+        shape = (max_steps, config.n_layers, batch, config.n_heads)
+        return cls(empty_certificate(shape) if mode == "certified" else None, jnp.zeros((max_steps, batch), bool))
+
+    def add(self, records: Certificate | None, alive: jax.Array, at: jax.Array) -> Telemetry:
+        """As `Recorder`."""
+
+        def store(buffer, x):
+            return lax.dynamic_update_index_in_dim(buffer, x.astype(buffer.dtype), at, 0)
+
+        return Telemetry(jax.tree.map(store, self.certificate, records), store(self.valid, alive))
+
 
 @struct.dataclass
 class DecodeState:
@@ -50,10 +77,65 @@ class DecodeState:
     done: jax.Array  # [b] bool
     finished_at: jax.Array  # [b] int32, tokens of each row, EOS included
     key: jax.Array
-    telemetry: Telemetry
+    telemetry: Recorder
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mode", "policy", "sampling", "capacity", "max_steps"))
+@functools.partial(jax.jit, static_argnames=("config", "capacity"))
+def fill(
+    config: LlamaConfig, capacity: int, params: Any, tokens: jax.Array, lengths: jax.Array
+) -> tuple[DenseKVCache, jax.Array]:
+    """Prefill: the originals of every mode's cache, and the logits `[b, V]` at the prompts' last tokens.
+
+    Parameters
+    ----------
+    capacity
+        Tokens the cache holds.
+    tokens : `[b, T_pad]` int32, right-padded prompts
+    lengths : `[b]` int32
+    """
+    empty = DenseKVCache.zeros(
+        config.n_layers, tokens.shape[0], config.n_kv_heads, capacity, config.head_dim, jnp.dtype(config.kv_dtype)
+    )
+    return prefill(config, params, empty, tokens, lengths)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mode", "policy", "sampling", "max_steps", "recorder"))
+def begin(
+    config: LlamaConfig,
+    mode: Mode,
+    policy: Policy,
+    sampling: Sampling,
+    max_steps: int,
+    recorder: type[Recorder],
+    prefilled: DenseKVCache,
+    logits: jax.Array,
+    key: jax.Array,
+) -> DecodeState:
+    """Make the mode's cache and sample the first token.
+
+    In dense mode the cache *is* `prefilled`, which `run` then overwrites.
+
+    Parameters
+    ----------
+    max_steps
+        Decode steps there is room to record.
+    recorder
+        `Telemetry`, or another `Recorder`.
+    """
+    batch = logits.shape[0]
+    first = sample(logits, sampling, key, jnp.int32(0))
+    return DecodeState(
+        cache=make_cache(mode, policy, prefilled),
+        tokens=jnp.zeros((batch, max_steps + 1), jnp.int32).at[:, 0].set(first),
+        last=first,
+        count=jnp.int32(1),
+        done=_ends(config, first),
+        finished_at=jnp.ones(batch, jnp.int32),
+        key=key,
+        telemetry=recorder.empty(config, mode, batch, max_steps),
+    )
+
+
 def start(
     config: LlamaConfig,
     mode: Mode,
@@ -66,38 +148,26 @@ def start(
     lengths: jax.Array,
     key: jax.Array,
 ) -> DecodeState:
-    """Prefill, encode the cache, sample the first token.
+    """`fill`, then `begin`."""
+    prefilled, logits = fill(config, capacity, params, tokens, lengths)
+    return begin(config, mode, policy, sampling, max_steps, Telemetry, prefilled, logits, key)
 
-    Parameters
-    ----------
-    tokens : `[b, T_pad]` int32, right-padded prompts
-    lengths : `[b]` int32
-    capacity, max_steps
-        Tokens the cache holds, decode steps there is room to record.
-    """
-    batch = tokens.shape[0]
-    empty = DenseKVCache.zeros(
-        config.n_layers, batch, config.n_kv_heads, capacity, config.head_dim, jnp.dtype(config.kv_dtype)
-    )
-    prefilled, logits = prefill(config, params, empty, tokens, lengths)
-    cache = make_cache(mode, policy, prefilled)
-    first = sample(logits, sampling, key, jnp.int32(0))
-    done = _ends(config, first)
-    return DecodeState(
-        cache=cache,
-        tokens=jnp.zeros((batch, max_steps + 1), jnp.int32).at[:, 0].set(first),
-        last=first,
-        count=jnp.int32(1),
-        done=done,
-        finished_at=jnp.ones(batch, jnp.int32),
-        key=key,
-        telemetry=Telemetry(
-            certificate=empty_certificate((max_steps, config.n_layers, batch, config.n_heads))
-            if mode == "certified"
-            else None,
-            valid=jnp.zeros((max_steps, batch), bool),
-        ),
-    )
+
+def step(
+    config: LlamaConfig,
+    mode: Mode,
+    policy: Policy,
+    params: Any,
+    cache: DenseKVCache | TieredKVCache,
+    tokens: jax.Array,
+) -> tuple[jax.Array, DenseKVCache | TieredKVCache, Certificate | None]:
+    """One token (`[b]` int32) of every sequence through the model: logits `[b, V]` of the next, the cache that holds
+    it, certificates with leaves `[L, b, Hq]`."""
+    logits, cache, records = decode_step(config, params, cache, tokens, cache.length, make_plug(mode, policy))
+    cache = cache.advance(1) if mode == "dense" else cache.advance()
+    if mode == "certified" and policy.scrub and pick_backend(policy, cache, config.n_heads) in FUSED:
+        cache = scrubbed(cache, policy.scrub)
+    return logits, cache, records
 
 
 @functools.partial(
@@ -116,21 +186,10 @@ def run(
 
     One `lax.while_loop`; streaming calls the same program with a growing limit.
     """
-    attend = make_plug(mode, policy)
 
-    def step(s: DecodeState) -> DecodeState:
-        logits, cache, records = decode_step(config, params, s.cache, s.last, s.cache.length, attend)
+    def generate(s: DecodeState) -> DecodeState:
+        logits, cache, records = step(config, mode, policy, params, s.cache, s.last)
         token = jnp.where(s.done, 0, sample(logits, sampling, s.key, s.count))
-        at = s.count - 1
-        record = jax.tree.map(
-            lambda buffer, x: lax.dynamic_update_index_in_dim(buffer, x.astype(buffer.dtype), at, 0),
-            s.telemetry.certificate,
-            records,
-        )
-        valid = lax.dynamic_update_index_in_dim(s.telemetry.valid, ~s.done, at, 0)
-        cache = cache.advance(1) if mode == "dense" else cache.advance()
-        if mode == "certified" and policy.scrub and pick_backend(policy, cache, config.n_heads) in FUSED:
-            cache = scrubbed(cache, policy.scrub)
         return DecodeState(
             cache=cache,
             tokens=lax.dynamic_update_index_in_dim(s.tokens, token, s.count, 1),
@@ -139,10 +198,10 @@ def run(
             done=s.done | _ends(config, token),
             finished_at=jnp.where(s.done, s.finished_at, s.count + 1),
             key=s.key,
-            telemetry=Telemetry(certificate=record, valid=valid),
+            telemetry=s.telemetry.add(records, ~s.done, s.count - 1),
         )
 
-    return lax.while_loop(lambda s: (s.count < limit) & ~s.done.all(), step, state)
+    return lax.while_loop(lambda s: (s.count < limit) & ~s.done.all(), generate, state)
 
 
 def _ends(config: LlamaConfig, token: jax.Array) -> jax.Array:

