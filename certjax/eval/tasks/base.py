@@ -51,7 +51,7 @@ class Task(Protocol):
     metric: Literal["all", "part"]  # see `scoring`
 
     def sample(self, index: int, context: int, seed: int, source: Source) -> Sample:
-        """Prompt, answer prefix and `max_new_tokens` fit into `context` tokens, with 64 to spare for a chat template."""
+        """Prompt, answer prefix and `max_new_tokens` fit into `context` tokens, with 64 more for a chat template."""
         ...
 
 
