@@ -31,11 +31,8 @@ TASKS: dict[str, Callable[[], Task]] = {
 }
 """Tasks that need no file."""
 
-FROM_FILE: dict[str, Callable[[Path], Task]] = {
-    "qa_1": functools.partial(Qa, "qa_1", dataset="squad"),
-    "qa_2": functools.partial(Qa, "qa_2", dataset="hotpotqa"),
-}
-"""Tasks whose questions come from a file of the user's."""
+FROM_FILE = {"qa_1": "squad", "qa_2": "hotpotqa"}
+"""Tasks whose questions come from a file of the user's, and its format."""
 
 
 def make_task(name: str, path: str | os.PathLike | None = None) -> Task:
@@ -55,12 +52,12 @@ def make_task(name: str, path: str | os.PathLike | None = None) -> Task:
     """
     name = ALIASES.get(name, name)
     if name in FROM_FILE:
+        dataset = FROM_FILE[name]
         if path is None:
-            wanted = FILES[{"qa_1": "squad", "qa_2": "hotpotqa"}[name]]
             raise InvalidArgumentError(
-                f"task {name!r} takes its questions from a file: download {wanted}, pass its path."
+                f"task {name!r} takes its questions from a file: download {FILES[dataset]} and pass its path."
             )
-        return FROM_FILE[name](Path(path))
+        return Qa(name, Path(path), dataset)
     if name not in TASKS:
         raise InvalidArgumentError(f"unknown task {name!r}; choose from {', '.join([*TASKS, *FROM_FILE, *ALIASES])}.")
     if path is not None:
