@@ -110,7 +110,7 @@ def _unique(records: Iterable[Record]) -> list[Record]:
                 "one experiment. Give the files of one, or name the modes apart."
             )
         known = kept.setdefault(record.key, record)
-        if _outcome(known) != _outcome(record):
+        if known is not record and _outcome(known) != _outcome(record):
             raise InvalidArgumentError(
                 f"{_name(record)} has two outcomes of sample {record.sample} (seed {record.seed}) in configuration "
                 f"{record.config}; give the files of one run."
