@@ -4,8 +4,8 @@ A trial is one context. It passes when all ten needles are found: one sample of 
 `niah_each` in a row (10 t to 10 t + 9, which share their context) that all do.
 
 Needle and question are worded nearly as RULER's (see `ruler_niah`). Keys are common nouns. The answer to all ten is
-begun in the needle's own words, with the first key asked for. Of the forms tried, a chat model of 135M parameters
-followed this one best: it went on sentence by sentence, where it broke off a list or went round in it.
+begun in the needle's own words, with the first key asked for. Of the forms tried, SmolLM2-135M-Instruct followed this
+one best, and still it often ends after the first number: models of that size are to be asked with `niah_each`.
 """
 
 from __future__ import annotations
