@@ -201,8 +201,8 @@ def _prepare(
             f"the longest prompt has {longest} tokens; with max_new_tokens={max_new_tokens} that is more than the "
             f"model's context of {context}. Shorten the prompt or lower max_new_tokens."
         )
-    padded = _bucket(longest, PREFILL_CHUNK)
-    max_steps = _bucket(max_new_tokens, 16)
+    padded = bucket(longest, PREFILL_CHUNK)
+    max_steps = bucket(max_new_tokens, 16)
     tokens = np.zeros((len(ids), padded), np.int32)
     for row, prompt in zip(tokens, ids, strict=True):
         row[: len(prompt)] = prompt
@@ -244,7 +244,7 @@ def _encode(model: Model, prompt: Prompt, chat: bool) -> list[int]:
     return ids
 
 
-def _bucket(n: int, unit: int) -> int:
+def bucket(n: int, unit: int) -> int:
     """`n` rounded up to a power of two times `unit`, or one and a half of it: few shapes, little padding."""
     size = unit
     while size < n:

@@ -118,7 +118,8 @@ class Record:
         return json.dumps(_rounded(dataclasses.asdict(self)))
 
     @classmethod
-    def from_json(cls, line: str) -> Record:
+    def from_json(cls, line: str | bytes) -> Record:
+        """The inverse of `to_json`."""
         of = json.loads(line)
         summary = of.pop("certificate")
         return cls(**of, certificate=None if summary is None else CertificateSummary(**summary))
@@ -132,8 +133,8 @@ def read(path: Path) -> Iterator[Record]:
     InvalidArgumentError
         If a line is no record, or of another schema.
     """
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
             return
         try:
             record = Record.from_json(line)
@@ -142,6 +143,17 @@ def read(path: Path) -> Iterator[Record]:
         if record.schema != SCHEMA:
             raise InvalidArgumentError(f"{path}:{number} has schema {record.schema}; this version reads {SCHEMA}.")
         yield record
+
+
+def repair(path: Path) -> None:
+    """Cut off a last line that a kill left incomplete, so that records can be appended. No file is no error."""
+    if not path.exists():
+        return
+    whole = path.read_bytes()
+    end = whole.rfind(b"\n") + 1
+    if end < len(whole):
+        with path.open("r+b") as file:
+            file.truncate(end)
 
 
 def write(path: Path, records: Iterable[Record]) -> None:
