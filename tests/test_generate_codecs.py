@@ -24,10 +24,13 @@ def model():
     return Model(CONFIG, init_params(CONFIG, jax.random.key(1)), None, "tiny")
 
 
-@pytest.mark.parametrize("kind", POLICIES)
-@pytest.mark.parametrize(
+every_codec = pytest.mark.parametrize(
     "codec", [pytest.param(c, marks=() if c == "planes" else pytest.mark.long) for c in sorted(REGISTRY)]
 )
+
+
+@pytest.mark.parametrize("kind", POLICIES)
+@every_codec
 def test_certified_generation(model, codec, kind):
     policy = POLICIES[kind](codec=codec, sink_tokens=16, recent_tokens=16)
     result = generate(model, PROMPT, max_new_tokens=NEW, policy=policy)
@@ -41,9 +44,7 @@ def test_certified_generation(model, codec, kind):
     assert report.policy["codec"] == codec and report.certificate["bytes_read_per_step"] > 0
 
 
-@pytest.mark.parametrize(
-    "codec", [pytest.param(c, marks=() if c == "planes" else pytest.mark.long) for c in sorted(REGISTRY)]
-)
+@every_codec
 def test_naive_generation_equals_observed(model, codec):
     """Naive mode reads what the observe policy certifies: the same tokens."""
     policy = Policy.observe(codec=codec, sink_tokens=16, recent_tokens=16)
