@@ -1,7 +1,7 @@
 """What the Mosaic GPU kernels share: a tile's shape in shared memory, and the products over one tile of originals.
 
-A tile is one block of `TILE` tokens of one KV head; the query heads of its group are padded to the `COLUMNS` columns of
-a matrix instruction.
+A tile is one block of `TILE` tokens of one KV head. The query heads of its group, padded to G of 4 or 8, come twice:
+they are the `C = 2 G` columns of a matrix instruction (`pallas_kernels/query.py`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.query import COLUMNS
+from pallas_kernels.query import PARTS, together
 
 TILE = 128
 """Tokens of a block that the kernels read."""
@@ -32,66 +32,54 @@ def tile_ref(shape: tuple[int, ...], dtype) -> plgpu.SMEM:
 
 
 def over_rows(x: jax.Array, rows: int) -> jax.Array:
-    """`[COLUMNS]` for every row: [rows, COLUMNS]."""
-    return lax.broadcast_in_dim(x, (rows, COLUMNS), [1])
+    """`[C]` for every row: [rows, C]."""
+    return lax.broadcast_in_dim(x, (rows, x.shape[0]), [1])
 
 
-def over_columns(x: jax.Array) -> jax.Array:
-    """`[rows]` for every column: [rows, COLUMNS]."""
-    return lax.broadcast_in_dim(x, (x.shape[0], COLUMNS), [0])
+def over_columns(x: jax.Array, columns: int) -> jax.Array:
+    """`[rows]` for every column: [rows, columns]."""
+    return lax.broadcast_in_dim(x, (x.shape[0], columns), [0])
 
 
-def integer_dot(keys, q_high, q_low) -> jax.Array:
-    """`256 k.q_high + k.q_low`, exact: int8 [TILE, d], [COLUMNS, d] twice -> float32 [TILE, COLUMNS]."""
+def integer_dot(keys, queries) -> jax.Array:
+    """`k.q` with the three bytes of a query: int8 [TILE, d], [C, d] thrice -> float32 [TILE, C].
 
-    def dot(high, low):
-        plgpu.wgmma(high, keys, q_high.transpose((1, 0)))
-        plgpu.wgmma(low, keys, q_low.transpose((1, 0)))
+    Each byte's product is exact; float32 rounds their sum.
+    """
+
+    def dot(*sums):
+        for ref, q in zip(sums, queries, strict=True):
+            plgpu.wgmma(ref, keys, q.transpose((1, 0)))
         plgpu.wgmma_wait(0)
-        return high[...], low[...]
+        return [ref[...] for ref in sums]
 
-    accumulator = plgpu.ACC((TILE, COLUMNS), jnp.int32)
-    high, low = pl.run_scoped(dot, accumulator, accumulator)
-    return (high * 256 + low).astype(jnp.float32)
+    return together(pl.run_scoped(dot, *[plgpu.ACC((TILE, queries[0].shape[0]), jnp.int32)] * PARTS))
 
 
-def store_weights(weights: jax.Array, high_ref, low_ref) -> None:
-    """Split `weights` [TILE, COLUMNS] float32 into two bfloat16 that add up to it within 2^-17, each stored turned."""
-    high = weights.astype(jnp.bfloat16)
-    low = (weights - high.astype(jnp.float32)).astype(jnp.bfloat16)
-    high_ref.transpose((1, 0))[...] = high
-    low_ref.transpose((1, 0))[...] = low
-    plgpu.commit_smem()
+def store_weights(weights: jax.Array, ref) -> None:
+    """Weights `[TILE, C]` float32 as `query.in_two_halves` has them, turned: `[C, TILE]` bfloat16. Columns repeat, so
+    that each half takes its own."""
+    high = weights.astype(jnp.bfloat16).astype(jnp.float32)
+    first = lax.broadcasted_iota(jnp.int32, weights.shape, 1) < weights.shape[1] // 2
+    ref.transpose((1, 0))[...] = jnp.where(first, high, weights - high).astype(jnp.bfloat16)
 
 
-def weights_ref() -> plgpu.SMEM:
-    """Weights of a tile, turned, sliceable by 32 tokens."""
-    return plgpu.SMEM(
-        (COLUMNS, TILE), jnp.bfloat16, transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(64))
-    )
+def weights_ref(columns: int, slots: int | None = None) -> plgpu.SMEM:
+    """Weights of a tile, turned, sliceable by 32 tokens; or `slots` of them."""
+    transforms = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(64))
+    return _batched((columns, TILE), jnp.bfloat16, transforms, slots)
 
 
-def weighted(parts: list, weights: tuple) -> list:
+def weighted(parts: list, weights) -> list:
     """Pairs to multiply: each part of a tile's values, tokens in order, with its tokens' weights."""
     size = TILE // len(parts)
-    return [
-        (part, ref.at[:, pl.ds(i * size, size)].transpose((1, 0))) for i, part in enumerate(parts) for ref in weights
-    ]
+    return [(part, weights.at[:, pl.ds(i * size, size)].transpose((1, 0))) for i, part in enumerate(parts)]
 
 
-def accumulate(acc: jax.Array, products) -> jax.Array:
-    """`acc + sum of a @ b` over pairs of operands. `acc`: [M, COLUMNS] float32."""
-
-    def add(ref):
-        for a, b in products:
-            plgpu.wgmma(ref, a, b)
-        plgpu.wgmma_wait(0)
-
-    return pl.run_state(add)(plgpu.ACC.init(acc))
-
-
-def sum_products(rows: int, products) -> jax.Array:
-    """`sum of a @ b`: [rows, COLUMNS] float32."""
+def sum_products(rows: int, products, interpret) -> jax.Array:
+    """`sum of a @ b`: [rows, C] float32. `a` in shared memory or in registers, `b` in shared memory."""
+    if interpret:  # the interpreter has no products of what is in registers
+        return sum(jnp.dot(a[...].astype(jnp.float32), b[...].astype(jnp.float32)) for a, b in products)
 
     def add(ref):
         for a, b in products:
@@ -99,12 +87,17 @@ def sum_products(rows: int, products) -> jax.Array:
         plgpu.wgmma_wait(0)
         return ref[...]
 
-    return pl.run_scoped(add, plgpu.ACC((rows, COLUMNS), jnp.float32))
+    return pl.run_scoped(add, plgpu.ACC((rows, products[0][1].shape[1]), jnp.float32))
 
 
 def slots_ref(shape: tuple[int, ...], dtype, slots: int = 2) -> plgpu.SMEM:
     """`slots` operands of the matrix unit."""
-    transforms = swizzled(jnp.dtype(dtype).itemsize * 8, shape[-1])
+    return _batched(shape, dtype, swizzled(jnp.dtype(dtype).itemsize * 8, shape[-1]), slots)
+
+
+def _batched(shape: tuple[int, ...], dtype, transforms: tuple, slots: int | None) -> plgpu.SMEM:
+    if slots is None:
+        return plgpu.SMEM(shape, dtype, transforms=transforms)
     batched = tuple(plgpu.batch_transform(t, 1) if hasattr(plgpu, "batch_transform") else t for t in transforms)
     return plgpu.SMEM((slots, *shape), dtype, transforms=batched)
 
@@ -119,11 +112,21 @@ def fields(packed: jax.Array, width: int) -> list[jax.Array]:
     return [*fields, (packed & jnp.int8(-(2 ** (8 - width)))).astype(jnp.bfloat16)]
 
 
-def store_sums(w: jax.Array, nu, target) -> None:
-    """`sum w`, `sum w share`, `sum w^2` over a tile: [3, COLUMNS]. `w`: [TILE, COLUMNS], `nu`: [TILE] uint8."""
+SUMS = 4
+"""Of a tile: `sum w`, `sum w share`, `sum w^2`, `sum w value_scale`."""
+
+
+def store_sums(w: jax.Array, scaled: jax.Array, nu, target) -> None:
+    """`target`: [SUMS, C]. `w`, `scaled`: [TILE, C]; `nu`: [TILE] uint8."""
     target[0] = w.sum(axis=0)
-    target[1] = (w * over_columns(nu[...].astype(jnp.float32))).sum(axis=0)
+    target[1] = (w * over_columns(nu[...].astype(jnp.float32), w.shape[1])).sum(axis=0)
     target[2] = (w * w).sum(axis=0)
+    target[3] = scaled.sum(axis=0)
+
+
+def times(w: jax.Array, ref) -> jax.Array:
+    """`w` [TILE, C] with each token's factor from `ref` [TILE]."""
+    return w * over_columns(ref[...].astype(jnp.float32), w.shape[1])
 
 
 FLAGS = 256
@@ -137,8 +140,8 @@ def rows_of_flags(chosen: jax.Array) -> jax.Array:
     return jnp.pad(chosen, ((0, 0), (0, -n % width))).reshape(chosen.shape[0], -1, width)
 
 
-def list_chosen(flags, order, split: jax.Array, splits: int) -> jax.Array:
-    """Write the tiles of a program whose flags are set to `order`; returns how many. `flags`: [r, w] int32 of 0 and 1.
+def list_chosen(flags, level: int, order, split: jax.Array, splits: int) -> jax.Array:
+    """Write the tiles of a program that are flagged with `level` to `order`; returns how many. `flags`: [r, w] int32.
 
     Program `split` of `splits` looks at tiles `split`, `split + splits` ...: what lies together is shared out.
     """
@@ -147,13 +150,13 @@ def list_chosen(flags, order, split: jax.Array, splits: int) -> jax.Array:
 
     def visit(i, count):
         tile = split + i * splits
-        flag = flags[tile // width, tile % width]
+        chosen = flags[tile // width, tile % width] == level
 
-        @pl.when(flag > 0)
+        @pl.when(chosen)
         def _():
             order[count] = tile
 
-        return count + flag
+        return count + jnp.where(chosen, jnp.int32(1), jnp.int32(0))
 
     count = lax.fori_loop(0, (n - split + splits - 1) // splits, visit, jnp.int32(0))
     plgpu.commit_smem()  # every thread has written before any reads

@@ -1,4 +1,4 @@
-"""Queries as the kernels multiply them: 16-bit fixed point in two 8-bit halves, with every factor of a score folded in.
+"""Queries as the kernels multiply them: 24-bit fixed point in three bytes, with every factor of a score folded in.
 
 A score is taken in units of log 2 and less a reference `rho` that is chosen before anything is scored, so that the
 weights `w_t = 2^(x_t)` of all tiles have one scale and are added up as they come (docs/kernels.md).
@@ -10,48 +10,75 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from pallas_kernels import numerics as num
-
 LOG2_E = 1.4426950408889634
-COLUMNS = 8
-"""Query heads of a group, padded: the narrowest operand of a matrix instruction."""
+MAX_GROUP = 8
+"""Most query heads that share a KV head."""
 
-STEPS = 32512
-"""Largest fixed-point query: `256 * 127`."""
+
+def columns(group: int) -> int:
+    """Columns of the matrix instructions' operands: the query heads of a group, padded to 4 or 8, twice (8 is the
+    narrowest). The repetition is where the lower halves of weights go."""
+    return 8 if group <= 4 else 16
+
+
+def distinct(x: jax.Array, axis: int) -> jax.Array:
+    """The first half of the columns along `axis`."""
+    return jax.lax.slice_in_dim(x, 0, x.shape[axis] // 2, axis=axis)
+
+
+def in_two_halves(w: jax.Array) -> jax.Array:
+    """`[..., G]` float32 as bfloat16 `[..., 2 G]`: rounded, and what rounding left; they add up to it within 2^-17."""
+    high = jax.lax.reduce_precision(w, 8, 7)  # XLA may drop a conversion to bfloat16 and back
+    return jnp.concatenate([high, w - high], -1).astype(jnp.bfloat16)
+
+
+def folded(x: jax.Array) -> jax.Array:
+    """Products with weights in two halves, added up: `[..., 2 G]` -> `[..., G]`."""
+    return sum(jnp.split(x, 2, axis=-1))
+
+
+PARTS = 3
+"""Bytes of a fixed-point query, the most significant first."""
+
+BITS = 22
+"""The largest element of a query is between 2^(BITS - 1) and 2^BITS steps."""
 
 
 @struct.dataclass
 class Fixed:
-    """`scale * (256 high + low)`, and how far it is from the query."""
+    """`scale * (65536 parts[0] + 256 parts[1] + parts[2])`, and how far it is from the query."""
 
-    high: jax.Array  # [H, COLUMNS, d] int8
-    low: jax.Array  # [H, COLUMNS, d] int8
-    scale: jax.Array  # [H, COLUMNS] float32
-    error: jax.Array  # [H, COLUMNS] float32, ||q - fixed||, rounded up
+    parts: jax.Array  # [H, PARTS, C, d] int8
+    scale: jax.Array  # [H, C] float32, a power of two
+    error: jax.Array  # [H, C] float32, ||q - fixed||, rounded up
 
 
 def fixed_point(q: jax.Array, largest: jax.Array) -> Fixed:
-    """`q`: [H, COLUMNS, d] float32, `largest`: [H, COLUMNS] its largest element by size."""
-    # No scale is so small that its reciprocal overflows: elements are below 2^-110 then.
-    scale = jnp.maximum(largest * ((1 + 2.0**-20) / STEPS), 2.0**-110)
-    steps = jnp.clip(jnp.round(q / scale[..., None]), -STEPS, STEPS).astype(jnp.int32)
-    high = (steps + 128) >> 8
-    # Half a step a channel, and the rounding of the quotient.
-    error = scale * (q.shape[-1] ** 0.5 * (0.5 + STEPS * 4 * num.U))
-    return Fixed(high.astype(jnp.int8), (steps - 256 * high).astype(jnp.int8), scale, error)
+    """`q`: [H, C, d] float32, `largest`: [H, C] its largest element by size."""
+    # A power of two, so that quotients are exact. A logarithm that is off by one costs a bit of 24, of which 23 are
+    # used. No scale is so small that its reciprocal overflows: elements are below 2^-88 then.
+    scale = jnp.exp2(jnp.ceil(jnp.log2(jnp.maximum(largest, 2.0**-88))) - BITS)
+    steps = jnp.round(q / scale[..., None]).astype(jnp.int32)
+    high = (steps + 32896) >> 16  # 32896 = 128 * 257: what is left is within two bytes
+    rest = steps - 65536 * high
+    middle = (rest + 128) >> 8
+    parts = jnp.stack([high, middle, rest - 256 * middle], 1).astype(jnp.int8)
+    return Fixed(parts, scale, scale * (q.shape[-1] ** 0.5 * 0.5 * (1 + 2.0**-20)))  # half a step a channel
+
+
+def together(parts) -> jax.Array:
+    """The number that three bytes, or products with them, stand for: float32."""
+    high, middle, low = (x.astype(jnp.float32) for x in parts)
+    return (high * 256 + middle) * 256 + low
 
 
 def value(x: Fixed) -> jax.Array:
-    """The fixed-point query as float32 `[H, COLUMNS, d]`."""
-    return (x.high.astype(jnp.float32) * 256 + x.low.astype(jnp.float32)) * x.scale[..., None]
+    """The fixed-point query as float32 `[H, C, d]`."""
+    return together(jnp.moveaxis(x.parts, 1, 0)) * x.scale[..., None]
 
 
-def bf16_pair(x: Fixed) -> jax.Array:
-    """Both halves as bfloat16, exact: [H, 2, COLUMNS, d]."""
-    return jnp.stack([x.high, x.low], 1).astype(jnp.bfloat16)
-
-
-def split_channels(pair: jax.Array) -> jax.Array:
-    """[H, 2, COLUMNS, d] -> [H, 4, COLUMNS, d/2]: each half of the query, cut in the middle of its channels."""
-    first, second = jnp.split(pair, 2, axis=-1)
-    return jnp.stack([first[:, 0], second[:, 0], first[:, 1], second[:, 1]], 1)
+def split_channels(parts: jax.Array) -> jax.Array:
+    """[H, PARTS, C, d] -> [H, 2 PARTS, C, d/2] bfloat16, exact: every part cut in the middle of its
+    channels."""
+    first, second = jnp.split(parts.astype(jnp.bfloat16), 2, axis=-1)
+    return jnp.stack([first, second], 2).reshape(parts.shape[0], 2 * PARTS, *first.shape[2:])

@@ -113,7 +113,8 @@ def _row(kind, n, batch, q, k, v, policy: Policy, baseline, loops) -> dict[str, 
         "read_GBps": round(read / seconds / 1e9, 1),
         "device_bytes_over_dense": round((sizes["tier1"] + sizes["windows"]) / originals, 4),
         "rungs": np.bincount(np.asarray(record.rung).ravel(), minlength=5).tolist(),
-        "tiles_read": float(record.n_key_refined.mean()),
+        "tiles_skipped": float(record.n_value_skipped.mean()),
+        "tiles_finest": float(record.n_key_refined.mean()),
         "tiles_promoted": float(record.k_star.mean()),
         "bound_over_tolerance": round(
             float(np.sqrt(np.square(np.where(record.rung >= 3, 0.0, record.e_total)).mean())

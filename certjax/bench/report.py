@@ -14,8 +14,8 @@ def attention_table(rows: list[dict[str, Any]]) -> str:
     """Microseconds a call, ratios to the best dense implementation, and what was read."""
     header = [
         "context", "batch", "workload", "back end", "dense us", "naive us", "certified us p50 / p95 / p99",
-        "naive / dense", "certified / dense", "device MB read", "host MB read", "tiles read, promoted", "rungs 0-4",
-        "memory / dense",
+        "naive / dense", "certified / dense", "device MB read", "host MB read", "tiles skipped, finest, promoted",
+        "rungs 0-4", "memory / dense",
     ]  # fmt: skip
     return _table(
         header,
@@ -26,7 +26,8 @@ def attention_table(rows: list[dict[str, Any]]) -> str:
                 f"{r['naive_us']['p50']:.0f}",
                 " / ".join(f"{r['certified_us'][p]:.0f}" for p in ("p50", "p95", "p99")),
                 r["naive_over_dense"], r["certified_over_dense"], f"{r['bytes_read'] / 1e6:.1f}",
-                f"{r['bytes_paged_in'] / 1e6:.2f}", f"{r['tiles_read']:.1f}, {r['tiles_promoted']:.1f}",
+                f"{r['bytes_paged_in'] / 1e6:.2f}",
+                ", ".join(f"{r[f'tiles_{x}']:.1f}" for x in ("skipped", "finest", "promoted")),
                 " ".join(map(str, r["rungs"])), r["device_bytes_over_dense"],
             ]
             for r in rows

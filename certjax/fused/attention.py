@@ -6,6 +6,7 @@ No conditional leaves the kernels: a kernel whose flags are all off returns at o
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,6 @@ from certjax.fused import reduce as rd
 from certjax.fused.ladder import allotted, heads_to_give_up
 from certjax.fused.plan import Plan, choose
 from certjax.policy import Policy
-from pallas_kernels import query as qr
 from pallas_kernels.dispatch import Kernels
 
 
@@ -39,11 +39,11 @@ def fused_attention(
         Outcome of the preconditions; a row that is not sound goes dense.
     """
     step = _Step(q, cache, layer, policy, kernels)
-    scanned, windows = step.scan()
-    plan = step.plan(scanned, windows)
-    found = step.attend(scanned, windows, plan, promote=policy.tolerance is not None)
+    scan = step.scan()
+    plan = step.plan(scan)
+    found = step.attend(scan, plan, promote=policy.tolerance is not None)
     judged = step.judge(found)
-    passed = step.consistent(scanned, plan, found, windows)
+    passed = step.consistent(scan, plan, found)
     return step.finish(judged, plan, passed, sound)
 
 
@@ -52,9 +52,14 @@ def fused_naive(
 ) -> jax.Array:
     """Tier 1 at its finest and the windows, nothing checked: `[b, Hkv, G, d]` float32."""
     step = _Step(q, cache, layer, policy, kernels)
-    scanned, windows = step.scan(only_windows=True)
-    found = step.attend(scanned, windows, step.everything(), promote=False)
+    found = step.attend(step.scan(only_windows=True), step.everything(), promote=False)
     return step.judge(found).out[:, : q.shape[2]].reshape(q.shape)
+
+
+class _Scan(NamedTuple):
+    sums: bd.TileSums
+    weights: jax.Array  # [H, NT, C, 128] bfloat16
+    windows: bd.Exact
 
 
 @dataclasses.dataclass
@@ -75,69 +80,67 @@ class _Step:
         """`[b]` for every head: [H]."""
         return jnp.repeat(x, self.n_heads, axis=0)
 
-    def scan(self, only_windows: bool = False):
+    def scan(self, only_windows: bool = False) -> _Scan:
         x, q = self.layer, self.queries
         meta = x.meta.at[:, 2].set(x.meta[:, 1]) if only_windows else x.meta
-        stats, acc, window_sums = self.kernels.scan(
-            meta, q.turned.high, q.turned.low, q.scan, x.keys, x.key_scale, x.nu, x.live, q.pair, q.originals,
+        stats, weights, acc, window_sums = self.kernels.scan(
+            meta, q.turned.parts, q.scan, x.keys, x.key_scale, x.value_scale, x.nu, x.live, q.exact, q.originals,
             x.windows,
         )  # fmt: skip
         sums = bd.tile_sums(jnp.where(x.active[..., None, None], stats, 0.0), x)
-        return sums, bd.exact_of(acc, window_sums)
+        return _Scan(sums, weights, bd.exact_of(acc, window_sums))
 
     def everything(self) -> Plan:
         """Tier 1 as finely as it is stored."""
-        none = jnp.zeros_like(self.layer.active)
-        return Plan(self.layer.active, none, none[:, 0])
+        active = self.layer.active
+        return Plan(jnp.where(active, bd.FINEST, bd.SKIP), jnp.zeros_like(active[:, 0]))
 
-    def plan(self, scanned: bd.TileSums, windows: bd.Exact) -> Plan:
+    def plan(self, scan: _Scan) -> Plan:
         if self.policy.tolerance is None:
             return self.everything()
-        return choose(self.policy, self.batch, self.group, scanned, windows, self.queries, self.layer)
+        return choose(self.policy, self.batch, self.group, scan.sums, scan.windows, self.queries, self.layer)
 
-    def attend(self, scanned: bd.TileSums, windows: bd.Exact, plan: Plan, *, promote: bool) -> bd.Pass:
+    def attend(self, scan: _Scan, plan: Plan, *, promote: bool) -> bd.Pass:
         """Read what a plan asks for; without `promote` it asks for nothing of tier 2."""
         x, q = self.layer, self.queries
         acc, stats = self.kernels.attend(
-            x.meta, plan.read.astype(jnp.int32), q.turned.high, q.turned.low,
-            qr.split_channels(qr.bf16_pair(q.turned)), q.attend, x.keys, x.keys_low, x.key_scale, x.values,
-            x.values_low, x.value_scale, x.nu,
+            x.meta, plan.level, scan.weights, q.turned.parts, q.halves, q.attend, x.keys, x.keys_low, x.key_scale,
+            x.values, x.values_low, x.value_scale, x.nu,
         )  # fmt: skip
-        coarse = jax.tree.map(lambda a: jnp.where(plan.promoted[..., None], 0.0, a), scanned)
-        sums = bd.selected(plan.read, bd.tile_sums(stats, x), coarse)
-        exact = bd.joined(windows, self.originals(plan.promoted)) if promote else windows
-        return bd.Pass(sums=sums, read=plan.read, promoted=plan.promoted, values=acc.sum(1), exact=exact)
+        exact = bd.joined(scan.windows, self.originals(plan.level == bd.PROMOTE)) if promote else scan.windows
+        return bd.Pass(scan.sums, bd.tile_sums(stats, x), plan.level, acc.sum(1), exact)
 
     def originals(self, chosen: jax.Array, *, alone: bool = False) -> bd.Exact:
         """Attend to the originals of the `chosen` tiles `[H, NT]`, from the host; `alone` if to nothing else."""
         x, q = self.layer, self.queries
         return bd.exact_of(
-            *self.kernels.originals(x.meta, chosen.astype(jnp.int32), q.pair, q.originals, x.host_keys, x.host_values),
+            *self.kernels.originals(x.meta, chosen.astype(jnp.int32), q.exact, q.originals, x.host_keys, x.host_values),
             alone=alone,
         )
 
-    def consistent(self, scanned: bd.TileSums, plan: Plan, found: bd.Pass, windows: bd.Exact) -> jax.Array:
+    def consistent(self, scan: _Scan, plan: Plan, found: bd.Pass) -> jax.Array:
         """Canary: promoted tiles weigh by their originals what they weigh by tier 1, within its bound: [b, Hkv, G]."""
         if not self.policy.canary or self.policy.tolerance is None:
             return jnp.ones((self.batch, self.n_heads, self.group), bool)
         q = self.queries
         delta = bd.delta_of(q, self.layer.kappa_peak[..., 0])
         delta = jnp.minimum(delta, 80.0)
-        a = jnp.where(plan.promoted[..., None], scanned.a, 0.0)
+        a = jnp.where((plan.level == bd.PROMOTE)[..., None], scan.sums.a, 0.0)
         high, low = rd.sums(1, a * jnp.exp(delta), a * jnp.exp(-delta))
         slack = jnp.exp(q.eps + bd.eps_of_originals(q, found.exact.key) + 2.0**-12)
-        exact = found.exact.total - windows.total
+        exact = found.exact.total - scan.windows.total
         rounding = 2.0**-18 * found.exact.total + 2.0**-100  # of the difference; of what was flushed
         # What is not a number is not an alarm: it fails as such.
         return self.grouped(~((exact > high * slack + rounding) | (exact < low / slack - rounding)))
 
     def judge(self, found: bd.Pass) -> bd.Judged:
-        return bd.judge(found, self.queries, self.layer, 16 * self.per_program + self.kernels.splits + 64)
+        return bd.judge(found, self.queries, self.layer, self.additions)
 
     @property
-    def per_program(self) -> int:
-        """Tiles that a program may have to read."""
-        return -(-self.n_tiles // self.kernels.splits)
+    def additions(self) -> int:
+        """Most float32 roundings that a tile's sum goes through on its way into the sum of all."""
+        per_program = -(-self.n_tiles // self.kernels.splits)
+        return 2 * per_program + self.kernels.splits + 64
 
     def grouped(self, x):
         """`[H, C, ...]` of the padded columns to `[b, Hkv, G, ...]`."""
@@ -151,8 +154,7 @@ class _Step:
         dense = heads_to_give_up(self.policy, norm, e_total, gone) | row_failed[:, None]  # [b, Hkv]
         tiles = jnp.arange(self.n_tiles) * ops.TILE < self.layer.meta[:, 3:]
         found = self.originals(tiles & dense.reshape(-1)[:, None], alone=True)
-        chain = 16 * self.per_program + self.kernels.splits + 64
-        exact, exact_norm, error = bd.judge_dense(found, self.queries, self.cache.capacity, chain)
+        exact, exact_norm, error = bd.judge_dense(found, self.queries, self.cache.capacity, self.additions)
         out = jnp.where(dense[..., None, None], self.grouped(exact), out)
         e_total = jnp.where(dense[..., None], self.grouped(error), e_total)
         norm = jnp.where(dense[..., None], self.grouped(exact_norm), norm)
@@ -168,16 +170,16 @@ class _Step:
         x = self.layer
         counts = [
             jnp.broadcast_to(n.reshape(self.batch, -1, 1), shape)
-            for n in rd.sums(1, plan.read, plan.promoted, x.active)
+            for n in rd.sums(1, x.active, *(plan.level == i for i in (bd.COARSE, bd.FINEST, bd.PROMOTE)))
         ]
-        n_read, n_promoted, n_active = (n.astype(jnp.int32) for n in counts)
+        n_active, n_coarse, n_finest, n_promoted = (n.astype(jnp.int32) for n in counts)
         rung = jnp.where(dense, jnp.where(row_failed[:, None, None], 4, 3), jnp.where(n_promoted > 0, 2, 0))
         ok = jnp.ones(shape, bool)
         first = jnp.arange(self.group) == 0
         windows = sum(x.live[:, i] for i in range(x.live.shape[1])).astype(jnp.float32) * (4 * self.d)
-        tier1 = counts[2] * _scan_bytes(self.d) + counts[0] * _tile_bytes(self.d)
+        tier1 = sum(n * _bytes(self.d, i) for i, n in enumerate(counts[:3]))
         length = self.cache.length[:, None, None].astype(jnp.float32)
-        paged = (jnp.where(dense, length, 0.0) + counts[1] * ops.TILE) * (4.0 * self.d)
+        paged = (jnp.where(dense, length, 0.0) + counts[3] * ops.TILE) * (4.0 * self.d)
         return Certificate(
             **returned,
             **{f"{name}_candidate": x for name, x in candidate.items()},
@@ -188,9 +190,9 @@ class _Step:
             delta_max=self.grouped(judged.delta_max),
             k_star=n_promoted,
             n_value_promoted=n_promoted,
-            n_key_refined=n_read,
-            n_value_refined=n_read,
-            n_value_skipped=n_active - n_read - n_promoted,
+            n_key_refined=n_finest,
+            n_value_refined=n_finest,
+            n_value_skipped=n_active - n_coarse - n_finest - n_promoted,
             rung=rung.astype(jnp.int32),
             ranking_ok=ok,
             boundary_ok=ok,
@@ -204,11 +206,11 @@ class _Step:
 _BOUNDS = ("e_key", "e_val", "e_arith", "e_total", "e_key_paper", "e_val_paper")
 
 
-def _scan_bytes(d: int) -> float:
-    """Of a tile: 8-bit keys, scales, nu, and the peaks and spectral norms of the plan."""
-    return float(ops.TILE * (d + 3) + 22)
-
-
-def _tile_bytes(d: int) -> float:
-    """Of a tile read in full: 12-bit keys and 6-bit values with their scales, and nu."""
-    return float(ops.TILE * (d + d // 2 + d // 2 + d // 4 + 5))
+def _bytes(d: int, level: int) -> float:
+    """Of a tile: what the scan (level 0) reads and writes, and what the second pass reads at a level."""
+    weights = 8 * 2  # of a token, for a group of up to 4 query heads
+    return (
+        float(ops.TILE * (d + 5 + weights) + 22),  # 8-bit keys, both scales, nu; the plan's peaks and spectral norms
+        float(ops.TILE * (d // 2 + weights)),  # 4-bit values
+        float(ops.TILE * (d + d // 2 + d // 2 + d // 4 + 5)),  # 12-bit keys and 6-bit values, their scales and nu
+    )[level]

@@ -33,31 +33,40 @@ FLUSHED = TILE**0.5 * 2.0**-63
 
 @struct.dataclass
 class TileSums:
-    """Sums over the tokens of each tile, in units of `e^reference`. Leaves `[H, NT, C]`."""
+    """Sums over the tokens of each tile, in units of `e^reference`. Leaves `[H, NT, G]`."""
 
     a: jax.Array  # sum w
     n: jax.Array  # sum w nu
     norm: jax.Array  # sqrt(sum w^2)
+    scaled: jax.Array  # sum w s, s the scale of the value's codes
 
 
 def tile_sums(stats: jax.Array, layer: Layer) -> TileSums:
-    """`stats`: [H, NT, 3, C] as the kernels return them."""
+    """`stats`: [H, NT, 4, G] as the kernels return them."""
     peak = layer.nu_peak[..., None] * ((1 + 2.0**-20) / 255)
-    return TileSums(stats[:, :, 0], stats[:, :, 1] * peak, jnp.sqrt(stats[:, :, 2]) + FLUSHED)
+    return TileSums(stats[:, :, 0], stats[:, :, 1] * peak, jnp.sqrt(stats[:, :, 2]) + FLUSHED, stats[:, :, 3])
 
 
-def selected(read: jax.Array, fine, coarse):
-    """`fine` where a tile is read. `read`: [H, NT] bool, leaves `[H, NT, C]`."""
-    return jax.tree.map(lambda a, b: jnp.where(read[..., None], a, b), fine, coarse)
+SKIP, COARSE, FINEST, PROMOTE = range(4)
+"""Levels of a tile: values left to the centre; coarse values; keys and values at their finest; originals."""
+
+
+def by_level(level: jax.Array, skip, coarse, fine):
+    """Trees with leaves `[H, NT, G]` (or scalars), joined. `level`: [H, NT]; what is promoted has 0."""
+
+    def pick(*x):
+        return jnp.select([level[..., None] == i for i in (SKIP, COARSE, FINEST)], x, 0.0)
+
+    return jax.tree.map(pick, skip, coarse, fine)
 
 
 def delta_of(queries: Queries, kappa: jax.Array) -> jax.Array:
-    """`||q|| kappa / sqrt(d)`: [H, NT] -> [H, NT, C]."""
+    """`||q|| kappa / sqrt(d)`: [H, NT] -> [H, NT, G]."""
     return queries.norm[:, None] * (kappa[..., None] * num.NORM_SLACK)
 
 
 def key_terms(sums: TileSums, queries: Queries, layer: Layer, level: int) -> tuple[jax.Array, jax.Array]:
-    """`(k0, k1)` with `k0 + k1 h` at least `L^- W` times what a tile adds to E_key, keys at `level`: [H, NT, C] each.
+    """`(k0, k1)` with `k0 + k1 h` at least `L^- W` times what a tile adds to E_key, keys at `level`: [H, NT, G] each.
 
     Token by token or by the spectral norm, whichever is less for `h = 0`: either is a bound for every h.
     """
@@ -75,24 +84,24 @@ def num_expm1(delta: jax.Array) -> jax.Array:
     return jnp.expm1(jnp.minimum(delta, num.MAX_DELTA)) * (1 + 2.0**-18)
 
 
-def value_terms(sums: TileSums, layer: Layer, read: bool) -> jax.Array:
-    """`W` times what a tile adds to E_val, its values read or left to the centre: `[H, NT, C]`."""
-    linear = sums.a * layer.eta_peak[..., 1, None] if read else sums.n
-    return jnp.minimum(linear, layer.sigma_v[..., 2 if read else 0, None] * sums.norm)
+def value_terms(sums: TileSums, layer: Layer, level: int) -> jax.Array:
+    """`W` times what a tile adds to E_val with its values at `level`: `[H, NT, G]`."""
+    linear = sums.n if level == SKIP else sums.a * layer.eta_peak[..., level - 1, None]
+    return jnp.minimum(linear, layer.sigma_v[..., level, None] * sums.norm)
 
 
 @struct.dataclass
 class Exact:
     """What was attended to with original keys and values."""
 
-    values: jax.Array  # [H, d, C] sum w v
-    total: jax.Array  # [H, C] sum w
-    key: jax.Array  # [H, C] norm of the longest, rounded up
-    value: jax.Array  # [H, C]
+    values: jax.Array  # [H, d, G] sum w v
+    total: jax.Array  # [H, G] sum w
+    key: jax.Array  # [H, G] norm of the longest, rounded up
+    value: jax.Array  # [H, G]
 
 
 def exact_of(acc: jax.Array, sums: jax.Array, *, alone: bool = False) -> Exact:
-    """Joins parts: `acc` [H, S, d, C], `sums` [H, S, 4, C].
+    """Joins parts: `acc` [H, S, d, G], `sums` [H, S, 4, G].
 
     In units of `e^reference`, or, where nothing else is to be added (`alone`), of the largest weight: scores may then
     be anything.
@@ -115,16 +124,16 @@ def joined(a: Exact, b: Exact) -> Exact:
 class Pass:
     """What a pass over the cache found: sums of the weights used, and the values they were used for."""
 
-    sums: TileSums
-    read: jax.Array  # [H, NT] bool
-    promoted: jax.Array  # [H, NT] bool
-    values: jax.Array  # [H, d, C] sum w y over the tiles read, in the codec's basis
+    coarse: TileSums  # of keys as the scan saw them
+    fine: TileSums  # of tiles at the finest level
+    level: jax.Array  # [H, NT] int32
+    values: jax.Array  # [H, d, G] what `attend_tiles` returns, added up
     exact: Exact  # windows and promoted tiles
 
 
 @struct.dataclass
 class Judged:
-    """An output with its bound. Leaves `[H, C]` but `out` [H, C, d]."""
+    """An output with its bound. Leaves `[H, G]` but `out` [H, G, d]."""
 
     out: jax.Array
     norm: jax.Array  # ||out||, rounded up
@@ -138,23 +147,26 @@ class Judged:
     tail_mass: jax.Array
 
 
-def judge(found: Pass, queries: Queries, layer: Layer, chain: int) -> Judged:
-    """Output and certificate of a pass. `chain`: accumulations that a term of the values' sum goes through at most."""
-    exact, read = found.exact, found.read[..., None]  # [H, NT, 1]
-    d, n_tiles = found.values.shape[1], found.read.shape[1]
-    sums = found.sums
-    coarse, fine = (key_terms(sums, queries, layer, level) for level in (0, 1))
-    keys = [jnp.where(read, b, a) for a, b in zip(coarse, fine, strict=True)]
-    used = layer.active & ~found.promoted
-    kappa = jnp.where(used, jnp.where(found.read, layer.kappa_peak[..., 1], layer.kappa_peak[..., 0]), 0.0)
+def judge(found: Pass, queries: Queries, layer: Layer, additions: int) -> Judged:
+    """Output and certificate of a pass. `additions`: float32 roundings of a tile's sum of values at most."""
+    exact, level, coarse, fine = found.exact, found.level, found.coarse, found.fine
+    d, n_tiles = found.values.shape[1], level.shape[1]
+    sums = by_level(level, coarse, coarse, fine)
+    keys = by_level(level, *[key_terms(coarse, queries, layer, 0)] * 2, key_terms(fine, queries, layer, 1))
+    values = by_level(level, *(value_terms(fine if i == FINEST else coarse, layer, i) for i in range(PROMOTE)))
+    kappa = jnp.where(level == FINEST, layer.kappa_peak[..., 1], layer.kappa_peak[..., 0])
+    kappa = jnp.where(layer.active & (level != PROMOTE), kappa, 0.0)
     delta = delta_of(queries, kappa)
     grown = num_expm1(delta)
-    eta = layer.eta_peak[..., 1, None]
-    tier1, n, val, shrunk, k0, k1, g0, g1, n_read, eta_read, paper = rd.sums(
+    eta = jnp.where(level == FINEST, layer.eta_peak[..., 1], layer.eta_peak[..., 0])[..., None]
+    read = (level == COARSE)[..., None] | (level == FINEST)[..., None]
+    # A value is `s (4 high + 2)`, or `s (4 high + low + 2.5)`.
+    offset = jnp.where(level == COARSE, 2.0, jnp.where(level == FINEST, 2.5, 0.0))[..., None] * sums.scaled
+    tier1, n, val, shrunk, k0, k1, g0, g1, n_read, eta_read, paper, offset = rd.sums(
         1,
         sums.a,
         sums.n,
-        jnp.where(read, value_terms(sums, layer, True), value_terms(sums, layer, False)),
+        values,
         sums.a * jnp.exp(-delta),
         *keys,
         grown * sums.n,
@@ -162,10 +174,12 @@ def judge(found: Pass, queries: Queries, layer: Layer, chain: int) -> Judged:
         jnp.where(read, sums.n, 0.0),
         jnp.where(read, sums.a * eta, 0.0),
         sums.a * jnp.where(read, eta, layer.nu_peak[..., None]),
+        offset,
     )
     total = tier1 + exact.total  # W
     centre = layer.value_centre[:, None]
-    acc = turn_back(found.values.swapaxes(1, 2)) + tier1[..., None] * centre + exact.values.swapaxes(1, 2)
+    acc = turn_back((found.values + offset[:, None]).swapaxes(1, 2))
+    acc = acc + tier1[..., None] * centre + exact.values.swapaxes(1, 2)
     out = acc / total[..., None]
     from_centre, norm = (
         jnp.sqrt(x) * num.NORM_SLACK + d**0.5 * VANISHED for x in rd.sums(-1, (centre - out) ** 2, out**2)
@@ -178,13 +192,13 @@ def judge(found: Pass, queries: Queries, layer: Layer, chain: int) -> Judged:
     # What was summed, by magnitude: |y| <= nu + eta where values were read, |c| for all of tier 1, |v| where exact.
     # Codes are summed as two planes and an offset, larger than what they stand for by up to 9 sqrt(d) cells of 31.
     depth = TILE + n_tiles + 64
-    split = 2.0**-17 + chain * TENSOR_UNIT
+    split = summed(additions + depth)
     accumulated = ((1 + 0.3 * d**0.5) * split + 2 * turning_back(d)) * read_mean + split * share * exact.value
     accumulated += (3 * num.gamma(depth) + 8 * num.U) * (nu_mean + layer.value_centre_norm[:, None] + read_mean)
     from_centre = from_centre + 2 * accumulated
     h = from_centre + e_val
     l_minus = shrunk / total + share
-    delta_max = queries.norm * (jnp.where(used, kappa, 0.0).max(1) * num.NORM_SLACK)[:, None]
+    delta_max = queries.norm * (kappa.max(1) * num.NORM_SLACK)[:, None]
     e_key = (k0 + k1 * h) / (total * l_minus)
     linear = (g0 + g1 * h) / (total * l_minus)
     eps = jnp.maximum(queries.eps, eps_of_originals(queries, exact.key))
@@ -216,12 +230,18 @@ def judge(found: Pass, queries: Queries, layer: Layer, chain: int) -> Judged:
     )
 
 
-def judge_dense(found: Exact, queries: Queries, n: int, chain: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Output of a pass over all originals, its norm and its error: `[H, C, d]`, `[H, C]`, `[H, C]`."""
+def summed(additions: int) -> float:
+    """Relative error of a sum of values over tiles: weights in two halves, 16 accumulations of the matrix unit, and
+    float32 roundings."""
+    return 2.0**-17 + 16 * TENSOR_UNIT + num.gamma(additions)
+
+
+def judge_dense(found: Exact, queries: Queries, n: int, additions: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Output of a pass over all originals, its norm and its error: `[H, G, d]`, `[H, G]`, `[H, G]`."""
     total, longest_value = found.total, found.value
     out = found.values.swapaxes(1, 2) / total[..., None]
     eps = eps_of_originals(queries, found.key)
-    accumulated = (2.0**-17 + chain * TENSOR_UNIT + 3 * num.gamma(TILE + n // TILE + 64)) * longest_value
+    accumulated = (summed(additions) + 3 * num.gamma(TILE + n // TILE + 64)) * longest_value
     norm = jnp.sqrt((out * out).sum(-1)) * num.NORM_SLACK + out.shape[-1] ** 0.5 * VANISHED
     radius = longest_value + norm + accumulated
     grow = jnp.exp(eps)

@@ -10,7 +10,7 @@ from certjax.errors import InvalidArgumentError
 from certjax.fused.operands import TILE
 from certjax.policy import Policy
 from pallas_kernels.dispatch import Kernels, mosaic_kernels, reference_kernels
-from pallas_kernels.query import COLUMNS
+from pallas_kernels.query import MAX_GROUP
 
 FUSED = ("mosaic_gpu", "reference")
 """Back ends that run `certjax.fused`; "xla" is everything else, on any device."""
@@ -81,7 +81,7 @@ def _obstacles(policy: Policy, cache: TieredKVCache, n_query_heads: int) -> list
         (cache.note_form == "byte" and cache.spectral, "annotations are not bytes with spectral norms"),
         (policy.exploration == 0 and policy.ranking_depth == 0, "exploration and the ranking check are not there"),
         (d in (64, 128), f"head_dim is {d}, the kernels are for 64 and 128"),
-        (group <= COLUMNS, f"{group} query heads share a KV head, the kernels take {COLUMNS}"),
+        (group <= MAX_GROUP, f"{group} query heads share a KV head, the kernels take {MAX_GROUP}"),
         (dtype == "bfloat16", f"originals are {dtype}, the kernels read bfloat16"),
     )  # fmt: skip
     return [reason for ok, reason in checks if not ok]

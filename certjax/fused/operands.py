@@ -1,6 +1,7 @@
 """What the kernels take: one layer of a stacked cache by reference, and the queries of a step.
 
-A head `H = b Hkv` is a KV head of a sequence; its `G` query heads are padded to `C` columns.
+A head `H = b Hkv` is a KV head of a sequence. Its query heads are padded to `G` of 4 or 8, and
+repeated: `C = 2 G` columns.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Layer:
     sigma_v: jax.Array  # [H, NT, 3]
     reach: jax.Array  # [H] largest ||k - c_k|| of the tiles read
     nu_max: jax.Array  # [H] largest nu of the tiles read
-    eta_max: jax.Array  # [H] largest eta of the tiles read, at the finest level
+    eta_max: jax.Array  # [H] largest eta of the tiles read, at the coarsest level
     kappa_max: jax.Array  # [H, 2] largest kappa of the tiles read
     key_centre_norm: jax.Array  # [H] rounded up
     value_centre_norm: jax.Array  # [H]
@@ -91,7 +92,7 @@ def layer_of(cache: TieredKVCache, layer: jax.Array) -> Layer:
         host = tuple(x.reshape(n_layers, heads, *x.shape[3:]) for x in (cache.host_keys, cache.host_values))
     kappa, eta, nu = here(notes.kappa.peak), here(notes.eta.peak), here(notes.nu.peak)
     reach, nu_max, eta_max, *kappa_max = rd.together(
-        1, *((jnp.where(active, x, 0.0), rd.MAX) for x in (here(notes.k_norm), nu, eta[..., 1], kappa[..., 0],
+        1, *((jnp.where(active, x, 0.0), rd.MAX) for x in (here(notes.k_norm), nu, eta[..., 0], kappa[..., 0],
                                                            kappa[..., 1]))
     )  # fmt: skip
     key_centre, value_centre = here(cache.stats.key_centre), here(cache.stats.value_centre)
@@ -143,14 +144,18 @@ class Queries:
     scan: jax.Array  # [H, 3, C] coefficients of the first pass
     attend: jax.Array  # [H, 4, C] coefficients of the second
     originals: jax.Array  # [H, 2, C] coefficients of passes over originals
-    norm: jax.Array  # [H, C] ||q|| / sqrt(d), rounded up
-    eps: jax.Array  # [H, C] bound on the error of a score from tier 1, and of its exponential
-    eps_original: jax.Array  # [H, C] the same, per unit of the longest original key
-    reference: jax.Array  # [H, C] what scores are less of, in nats
+    norm: jax.Array  # [H, G] ||q|| / sqrt(d), rounded up
+    eps: jax.Array  # [H, G] bound on the error of a score from tier 1, and of its exponential
+    eps_original: jax.Array  # [H, G] the same, per unit of the longest original key
+    reference: jax.Array  # [H, G] what scores are less of, in nats
 
     @property
-    def pair(self) -> jax.Array:
-        return qr.bf16_pair(self.plain)
+    def halves(self) -> jax.Array:
+        return qr.split_channels(self.turned.parts)
+
+    @property
+    def exact(self) -> jax.Array:
+        return self.plain.parts.astype(jnp.bfloat16)
 
 
 ROOM = 40.0
@@ -199,7 +204,9 @@ def _turn(q: jax.Array, largest: jax.Array) -> jax.Array:
 def prepare(q: jax.Array, layer: Layer) -> Queries:
     """`q`: [H, G, d] float32, d a power of two."""
     d = q.shape[-1]
-    q = jnp.pad(q, ((0, 0), (0, qr.COLUMNS - q.shape[1]), (0, 0)))
+    columns = qr.columns(q.shape[1])
+    q = jnp.pad(q, ((0, 0), (0, columns // 2 - q.shape[1]), (0, 0)))
+    q = jnp.concatenate([q, q], 1)
     largest, square, centre = rd.together(
         -1, (jnp.abs(q), rd.MAX), (q * q, rd.SUM), (q * layer.key_centre[:, None], rd.SUM)
     )
@@ -228,14 +235,14 @@ def prepare(q: jax.Array, layer: Layer) -> Queries:
         scan=jnp.stack([unit, 8 * total, shift], 1),
         attend=jnp.stack([unit, unit / 256, 8.5 * total, shift], 1),
         originals=jnp.stack([plain.scale * per_log, -reference * qr.LOG2_E], 1),
-        norm=norm,
-        eps=inexact * reach * num.NORM_SLACK + evaluated,
-        eps_original=plain.error * (d**-0.5 * num.NORM_SLACK) + tensor,
-        reference=reference,
+        norm=qr.distinct(norm, 1),
+        eps=qr.distinct(inexact * reach * num.NORM_SLACK + evaluated, 1),
+        eps_original=qr.distinct(plain.error * (d**-0.5 * num.NORM_SLACK) + tensor, 1),
+        reference=qr.distinct(reference, 1),
     )
 
 
 def eps_of_originals(queries: Queries, longest: jax.Array) -> jax.Array:
-    """Bound on the error of a score of an original key, `longest` being the longest: `[H, 1]` or `[H, C]`."""
+    """Bound on the error of a score of an original key, `longest` being the longest: `[H, 1]` or `[H, G]`."""
     evaluated = 32 * num.U * (queries.norm * longest + jnp.abs(queries.reference)) + num.EXP_RELATIVE_ERROR
     return queries.eps_original * longest * num.NORM_SLACK + evaluated

@@ -9,12 +9,12 @@ from flax import struct
 from jax import lax
 
 from certjax.fused import reduce as rd
-from certjax.fused.bound import Exact, TileSums, key_terms, no_nan, value_terms
+from certjax.fused.bound import COARSE, FINEST, PROMOTE, SKIP, Exact, TileSums, delta_of, key_terms, no_nan, value_terms
 from certjax.fused.operands import Layer, Queries
 from certjax.policy import Policy
 
-ORIGINAL, FINEST = 4.0, 2.3
-"""Bytes of a key's and a value's channel, as originals and at their finest level with annotations."""
+FINEST_BYTES, COARSE_BYTES, ORIGINAL_BYTES = 2.3, 0.64, 4.0
+"""Of a key's and a value's channel, with scales and weights, that the second pass reads."""
 
 PRICES, STEPS = 72, 4
 """Candidates for the price of reading a tile in shares of a layer's tolerance: so many, so many to a factor of two."""
@@ -22,11 +22,10 @@ PRICES, STEPS = 72, 4
 
 @struct.dataclass
 class Plan:
-    """Leaves `[H, NT]` bool but `give_up` [H]."""
+    """What to read."""
 
-    read: jax.Array  # tiles of tier 1 to read at their finest level
-    promoted: jax.Array  # tiles to attend with their originals
-    give_up: jax.Array  # KV heads that go dense at once
+    level: jax.Array  # [H, NT] int32, see `bound.by_level`
+    give_up: jax.Array  # [H] bool, KV heads that go dense at once
 
 
 def tolerances(policy: Policy, batch: int, norm: jax.Array) -> jax.Array:
@@ -48,19 +47,23 @@ def choose(
     """
     centre = layer.value_centre[:, None]
     # Values not seen yet are taken to point anywhere: their squares add up.
-    tier1, mean, unseen = rd.sums(1, sums.a, sums.n, jnp.square(sums.norm * sums.n / jnp.maximum(sums.a, 2.0**-100)))
+    unseen = jnp.square(sums.norm * sums.n / jnp.maximum(sums.a, 2.0**-100))
+    lost = sums.a * -jnp.expm1(-delta_of(queries, layer.kappa_peak[..., 0]))
+    tier1, mean, unseen, lost = rd.sums(1, sums.a, sums.n, unseen, lost)
     total = tier1 + windows.total
+    l_minus = 1 - lost / total
     mean, unseen = mean / total, unseen / (total * total)
     moved = (windows.values.swapaxes(1, 2) - windows.total[..., None] * centre) / total[..., None]
     from_centre, norm = rd.sums(-1, moved**2, (moved + centre) ** 2)
-    h = jnp.sqrt(from_centre + unseen)
     room = policy.margin * tolerances(policy, batch, jnp.sqrt(norm + unseen)[:, :group])  # [H, G]
+    h = jnp.sqrt(from_centre + unseen).at[:, :group].add(room)
     rounding = 1.1 * (jnp.expm1(queries.eps) * (mean + h))[:, :group] / room
     scale = (1 / (room * total[:, :group]))[:, None]
 
-    def shares(read: bool):  # [H, NT, G]
-        k0, k1 = key_terms(sums, queries, layer, int(read))
-        terms = (k0 + k1 * h[:, None] + value_terms(sums, layer, read))[..., :group] * scale
+    def shares(level: int):  # [H, NT, G]
+        k0, k1 = key_terms(sums, queries, layer, int(level == FINEST))
+        terms = (k0 + k1 * h[:, None]) / l_minus[:, None] + value_terms(sums, layer, level)
+        terms = terms[..., :group] * scale
         return jnp.where(layer.active[..., None], no_nan(terms), 0.0)
 
     def joint(x):  # [H, NT, G] -> [H, NT]; written out, so that it is no kernel of its own
@@ -69,27 +72,26 @@ def choose(
             return jnp.sqrt(sum(y * y for y in heads) / group)
         return jnp.stack(heads).max(0)
 
-    skipped, read = shares(False), shares(True)
     # Computed once, not once a price.
-    skipped, read = lax.optimization_barrier((skipped, read))
-    host = policy.host_price * ORIGINAL / FINEST  # the price of originals, in tiles read
+    offers = lax.optimization_barrier([shares(level) for level in (SKIP, COARSE, FINEST)])
+    fees = (0.0, COARSE_BYTES / FINEST_BYTES, 1.0)  # in tiles read at their finest
+    host = policy.host_price * ORIGINAL_BYTES / FINEST_BYTES
 
-    def levels(price):  # 0 skip, 1 read, 2 promote
-        coarse, fine = joint(skipped), joint(read) + price
-        level = jnp.where(coarse <= fine, 0, 1)
-        return jnp.where(jnp.minimum(coarse, fine) > price * host, 2, level)
+    def levels(price):
+        skip, coarse, fine = (joint(x) + fee * price for x, fee in zip(offers, fees, strict=True))
+        least = jnp.minimum(jnp.minimum(skip, coarse), fine)
+        level = jnp.where(skip <= least, SKIP, jnp.where(coarse <= least, COARSE, FINEST))
+        return jnp.where(least > price * host, PROMOTE, level)
 
     prices = jnp.asarray(np.exp2(-np.arange(PRICES) / STEPS), jnp.float32)
     level = levels(prices[:, None, None])[..., None]  # [J, H, NT, 1]
-    left = jnp.where(level == 0, skipped, jnp.where(level == 1, read, 0.0)).sum(2) + rounding  # [J, H, G]
+    left = sum(jnp.where(level == i, x, 0.0) for i, x in enumerate(offers)).sum(2) + rounding  # [J, H, G]
     by_row = left.reshape(PRICES, batch, -1)
     worst = jnp.square(by_row).mean(-1) if policy.pooled else by_row.max(-1)  # [J, b]
     dearer = (~(worst <= 1)).sum(0)  # what is left falls with the price: the first that fits comes after these
     heads = layer.active.shape[0] // batch
     price = jnp.repeat(jnp.exp2(-dearer.astype(jnp.float32) / STEPS), heads)
-    level = jnp.where(layer.active, levels(price[:, None]), 0)
-    promoted = level == 2
-    n_promoted, n_active = rd.sums(1, promoted, layer.active)
+    level = jnp.where(layer.active, levels(price[:, None]), SKIP)
+    n_promoted, n_active = rd.sums(1, level == PROMOTE, layer.active)
     give_up = (n_promoted > policy.max_promoted * n_active) | jnp.repeat(dearer == PRICES, heads)
-    keep = ~give_up[:, None]
-    return Plan((level == 1) & keep, promoted & keep, give_up)
+    return Plan(jnp.where(give_up[:, None], SKIP, level), give_up)

@@ -1,4 +1,4 @@
-"""Second pass of a step on Mosaic GPU: chosen tiles at their finest level, keys and values.
+"""Second pass of a step on Mosaic GPU: the values of chosen tiles, and the keys of those at the finest level.
 
 Twin: `attend/tiles.py`.
 """
@@ -12,84 +12,100 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic as mg
-from pallas_kernels.mosaic import COLUMNS, TILE
+from pallas_kernels.attend.tiles import FINEST
+from pallas_kernels.mosaic import SUMS, TILE
+from pallas_kernels.query import PARTS, distinct, folded, together
+
+AHEAD = 3
+"""Tiles of coarse values on their way into shared memory."""
 
 
-def attend_tiles(meta, chosen, q_high, q_low, q_halves, coefficients, keys, keys_low, key_scale, values, values_low,
+def attend_tiles(meta, levels, weights, q_parts, q_halves, coefficients, keys, keys_low, key_scale, values, values_low,
                  value_scale, nu, *, splits: int, interpret=False):  # fmt: skip
     n_layers, heads, n, d = keys.shape
-    n_tiles = n // TILE
-    half_d = d // 2
+    n_tiles, columns, half_d = n // TILE, q_parts.shape[2], d // 2
+    levels = mg.rows_of_flags(levels)
 
-    chosen = mg.rows_of_flags(chosen)
-
-    def kernel(meta_ref, chosen_ref, qh_ref, ql_ref, qq_ref, co_ref, *refs):
-        sources, (acc_ref, stats_ref), scratch = refs[:7], refs[7:9], refs[9:]
-        flags, qh, ql, q00, q01, q10, q11, co, order, stats, out, w_high, w_low, *rest = scratch
-        barrier, arrived, *slots = rest
+    def kernel(meta_ref, levels_ref, w_ref, q_ref, qq_ref, co_ref, *refs):
+        (k_ref, low_ref, ks_ref, v_ref, v_low_ref, vs_ref, nu_ref), (acc_ref, stats_ref), scratch = (
+            refs[:7], refs[7:9], refs[9:],
+        )  # fmt: skip
+        flags, co, order, stats, out, barrier, ready, ready_fine, v, w, *scratch = scratch
+        k, k_low, ks, v_low, vs, share, *scratch = scratch
+        queries, halves = scratch[:PARTS], scratch[PARTS:]
         h, split = lax.axis_index("h"), lax.axis_index("s")
         layer = meta_ref[h, 0]
         loads = (
-            (chosen_ref.at[h], flags), (qh_ref.at[h], qh), (ql_ref.at[h], ql), (co_ref.at[h], co),
-            (qq_ref.at[h, 0], q00), (qq_ref.at[h, 1], q01), (qq_ref.at[h, 2], q10), (qq_ref.at[h, 3], q11),
+            (levels_ref.at[h], flags), (co_ref.at[h], co), *((q_ref.at[h, i], q) for i, q in enumerate(queries)),
+            *((qq_ref.at[h, i], q) for i, q in enumerate(halves)),
         )  # fmt: skip
         for source, target in loads:
             plgpu.copy_gmem_to_smem(source, target, barrier)
         plgpu.barrier_wait(barrier)
+        zero = jnp.zeros((d, columns), jnp.float32)
 
-        count = mg.list_chosen(flags, order, split, splits)
-        unit, low_unit, half, shift = (mg.over_rows(co[i], TILE) for i in range(4))
+        # Tiles at level 1: the scan's weights, the upper plane of the values.
+        count = mg.list_chosen(flags, 1, order, split, splits)
 
         def fetch(i):
-            slot = i % 2
+            @pl.when(i < count)
+            def _():
+                slot, tile = i % AHEAD, order[i]
+                plgpu.copy_gmem_to_smem(v_ref.at[layer, h, tile], v.at[slot], ready.at[slot])
+                plgpu.copy_gmem_to_smem(w_ref.at[h, tile], w.at[slot], ready.at[slot])
+
+        for i in range(AHEAD):
+            fetch(jnp.int32(i))
+
+        def visit(i, acc):
+            slot = i % AHEAD
+            plgpu.barrier_wait(ready.at[slot])
+            acc = acc + mg.sum_products(d, mg.weighted(mg.fields(v[slot], 4), w.at[slot]), interpret)
+            plgpu.commit_smem()  # a barrier: no warp is at the tile any more
+            fetch(i + AHEAD)
+            return acc
+
+        acc = lax.fori_loop(0, count, visit, zero)
+
+        # Tiles at the finest level: both planes of keys and values.
+        count_fine = mg.list_chosen(flags, FINEST, order, split, splits)
+        unit, low_unit, half, shift = (mg.over_rows(co[i], TILE) for i in range(4))
+
+        def visit_fine(i, carry):
+            acc, acc_low = carry
             tile = order[i]
             rows = pl.ds(tile * TILE, TILE)
-            k, k_low, ks, v, v_low, vs, nu = sources
-            where = (
-                k.at[layer, h, rows], k_low.at[layer, h, rows], ks.at[layer, h, rows], v.at[layer, h, tile],
-                v_low.at[layer, h, tile], vs.at[layer, h, rows], nu.at[layer, h, rows],
+            sources = (
+                (k_ref.at[layer, h, rows], k), (low_ref.at[layer, h, rows], k_low), (ks_ref.at[layer, h, rows], ks),
+                (v_ref.at[layer, h, tile], v.at[0]), (v_low_ref.at[layer, h, tile], v_low),
+                (vs_ref.at[layer, h, rows], vs), (nu_ref.at[layer, h, rows], share),
             )  # fmt: skip
-            for source, target in zip(where, slots, strict=True):
-                plgpu.copy_gmem_to_smem(source, target.at[slot], arrived.at[slot])
+            for source, target in sources:
+                plgpu.copy_gmem_to_smem(source, target, ready_fine)
+            plgpu.barrier_wait(ready_fine)
+            x = mg.integer_dot(k, queries) * unit
+            fields = mg.fields(k_low[...], 4)
+            low = [
+                mg.sum_products(
+                    TILE, [(f, q.transpose((1, 0))) for f, q in zip(fields, halves[2 * j : 2 * j + 2], strict=True)],
+                    interpret,
+                )
+                for j in range(PARTS)
+            ]  # fmt: skip
+            p = jnp.exp2(mg.times(x + together(low) * low_unit + half, ks) + shift)
+            scaled = mg.times(p, vs)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            mg.store_sums(p, scaled, share, stats)
+            mg.store_weights(scaled, w.at[0])
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(stats, stats_ref.at[h, tile])
+            acc = acc + mg.sum_products(d, mg.weighted(mg.fields(v[0], 4), w.at[0]), interpret)
+            acc_low = acc_low + mg.sum_products(d, mg.weighted(mg.fields(v_low[...], 2), w.at[0]), interpret)
+            plgpu.commit_smem()  # a barrier: no warp is at the tile any more
+            return acc, acc_low
 
-        @pl.when(count > 0)
-        def _():
-            fetch(jnp.int32(0))
-
-        def visit(i, carry):
-            acc, acc_low, off = carry
-            slot = i % 2
-
-            plgpu.barrier_wait(arrived.at[slot])
-            k, k_low, ks, v, v_low, vs, nu = (ref.at[slot] for ref in slots)
-            coarse = mg.integer_dot(k, qh, ql)
-            first, second = mg.fields(k_low[...], 4)
-            turn = (1, 0)
-            high = mg.sum_products(TILE, [(first, q00.transpose(turn)), (second, q01.transpose(turn))])
-            low = mg.sum_products(TILE, [(first, q10.transpose(turn)), (second, q11.transpose(turn))])
-            x = coarse * unit + (high * 256 + low) * low_unit + half
-            p = jnp.exp2(x * mg.over_columns(ks[...].astype(jnp.float32)) + shift)
-
-            tile = order[i]
-            plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # a barrier, too: no warp is at the tile before any more
-
-            @pl.when(i + 1 < count)
-            def _():
-                fetch(i + 1)
-
-            mg.store_sums(p, nu, stats.at[slot])
-            w = p * mg.over_columns(vs[...].astype(jnp.float32))
-            mg.store_weights(w, w_high, w_low)
-            plgpu.copy_smem_to_gmem(stats.at[slot], stats_ref.at[h, tile])
-
-            acc = mg.accumulate(acc, mg.weighted(mg.fields(v[...], 4), (w_high, w_low)))
-            acc_low = mg.accumulate(acc_low, mg.weighted(mg.fields(v_low[...], 2), (w_high, w_low)))
-            return acc, acc_low, off + w.sum(axis=0)
-
-        zero = jnp.zeros((d, COLUMNS), jnp.float32)
-        acc, acc_low, off = lax.fori_loop(0, count, visit, (zero, zero, jnp.zeros((COLUMNS,), jnp.float32)))
-        # A value is `scale (4 high + low + 2.5)`; the codes came in units of 16 and 64.
-        out[...] = acc * 0.25 + acc_low * (1 / 64) + mg.over_rows(off, d) * 2.5
+        acc, acc_low = lax.fori_loop(0, count_fine, visit_fine, (acc, zero))
+        out[...] = acc * 0.25 + acc_low * (1 / 64)  # codes came in units of 16 and 64; a value has 4 and 1
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out, acc_ref.at[h, split])
         plgpu.wait_smem_to_gmem(0)
@@ -98,36 +114,36 @@ def attend_tiles(meta, chosen, q_high, q_low, q_halves, coefficients, keys, keys
     run = plgpu.kernel(
         kernel,
         out_type=[
-            jax.ShapeDtypeStruct((heads, splits, d, COLUMNS), f32),
-            jax.ShapeDtypeStruct((heads, n_tiles, 3, COLUMNS), f32),
+            jax.ShapeDtypeStruct((heads, splits, d, columns), f32),
+            jax.ShapeDtypeStruct((heads, n_tiles, SUMS, columns), f32),
         ],
         grid=(heads, splits),
         grid_names=("h", "s"),
         compiler_params=mg.PARAMS,
         scratch_types=[
-            plgpu.SMEM(chosen.shape[1:], jnp.int32),
-            mg.tile_ref((COLUMNS, d), jnp.int8),
-            mg.tile_ref((COLUMNS, d), jnp.int8),
-            *[mg.tile_ref((COLUMNS, half_d), jnp.bfloat16)] * 4,
-            plgpu.SMEM((4, COLUMNS), f32),
-            plgpu.SMEM((-(-chosen.shape[1] * chosen.shape[2] // splits),), jnp.int32),
-            plgpu.SMEM((2, 3, COLUMNS), f32),
-            plgpu.SMEM((d, COLUMNS), f32),
-            mg.weights_ref(),
-            mg.weights_ref(),
-            plgpu.Barrier(num_arrivals=8),
-            plgpu.Barrier(num_arrivals=7, num_barriers=2),
-            mg.slots_ref((TILE, d), jnp.int8),
-            mg.slots_ref((TILE, half_d), jnp.int8),
-            plgpu.SMEM((2, TILE), jnp.bfloat16),
-            mg.slots_ref((d, TILE // 2), jnp.int8),
-            mg.slots_ref((d, TILE // 4), jnp.int8),
-            plgpu.SMEM((2, TILE), jnp.bfloat16),
-            plgpu.SMEM((2, TILE), jnp.uint8),
+            plgpu.SMEM(levels.shape[1:], jnp.int32),
+            plgpu.SMEM((4, columns), f32),
+            plgpu.SMEM((-(-levels.shape[1] * levels.shape[2] // splits),), jnp.int32),
+            plgpu.SMEM((SUMS, columns), f32),
+            plgpu.SMEM((d, columns), f32),
+            plgpu.Barrier(num_arrivals=2 + 3 * PARTS),
+            plgpu.Barrier(num_arrivals=2, num_barriers=AHEAD),
+            plgpu.Barrier(num_arrivals=7),
+            mg.slots_ref((d, TILE // 2), jnp.int8, AHEAD),
+            mg.weights_ref(columns, AHEAD),
+            mg.tile_ref((TILE, d), jnp.int8),
+            mg.tile_ref((TILE, half_d), jnp.int8),
+            plgpu.SMEM((TILE,), jnp.bfloat16),
+            mg.tile_ref((d, TILE // 4), jnp.int8),
+            plgpu.SMEM((TILE,), jnp.bfloat16),
+            plgpu.SMEM((TILE,), jnp.uint8),
+            *[mg.tile_ref((columns, d), jnp.int8)] * PARTS,
+            *[mg.tile_ref((columns, half_d), jnp.bfloat16)] * (2 * PARTS),
         ],
         interpret=interpret,
     )
-    return run(
-        meta, chosen, q_high, q_low, q_halves, coefficients, keys, keys_low, key_scale, values, values_low,
+    acc, stats = run(
+        meta, levels, weights, q_parts, q_halves, coefficients, keys, keys_low, key_scale, values, values_low,
         value_scale, nu,
     )  # fmt: skip
+    return folded(acc), distinct(stats, 3)

@@ -1,11 +1,17 @@
-"""Twin of `attend/mosaic.py`: chosen tiles with keys and values at their finest level."""
+"""Twin of `attend/mosaic.py`: chosen tiles, each at one of two levels."""
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.query import distinct, folded, together
+
 TILE = 128
+FINEST = 2
+"""Level of a tile that is read with keys and values at their finest."""
 
 
 def signed_fields(packed: jax.Array, width: int) -> jax.Array:
@@ -18,10 +24,10 @@ def signed_fields(packed: jax.Array, width: int) -> jax.Array:
 
 def attend_tiles(
     meta: jax.Array,  # [H, 4] int32
-    chosen: jax.Array,  # [H, NT or more] int32, 1 where a tile is read
-    q_high: jax.Array,  # [H, C, d] int8
-    q_low: jax.Array,  # [H, C, d] int8
-    q_halves: jax.Array,  # [H, 4, C, d/2] bfloat16
+    levels: jax.Array,  # [H, NT] int32: 1 for values at their coarsest, FINEST for keys and values at their finest
+    weights: jax.Array,  # [H, NT, C, 128] bfloat16, of `scan_tiles`
+    q_parts: jax.Array,  # [H, 3, C, d] int8
+    q_halves: jax.Array,  # [H, 6, C, d/2] bfloat16
     coefficients: jax.Array,  # [H, 4, C] float32: unit, low unit, half, shift
     keys: jax.Array,  # [L, H, N, d] int8
     keys_low: jax.Array,  # [L, H, N, d/2] int8
@@ -33,32 +39,35 @@ def attend_tiles(
     *,
     splits: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
-    """`sum w y` over chosen tiles, `y = scale (4 high + low + 2.5)`, in as many parts as
-    there are `splits`, programs that share the tiles of a head: [H, S, d, C]; and per chosen tile the sums of
-    `scan_tiles` [H, NT, 3, C] (of other tiles: 0)."""
+    """Values of chosen tiles, weighted, in units of their scale, and less an offset that is the caller's.
+
+    Of a tile at level 1 `sum w scale (4 high)` with the scan's weights, of one at level `FINEST` with weights of its
+    own `sum w scale (4 high + low)`: [H, S, d, G] in as many parts as there are `splits`, programs that share the tiles
+    of a head. And per tile at level `FINEST` the sums of `scan_tiles`: [H, NT, 4, G] (of other tiles: 0; in the kernel:
+    anything).
+    """
     layer, heads = meta[0, 0], keys.shape[1]
     k, k_low, ks, v, v_low, vs, share = (
         jnp.take(x, layer, 0) for x in (keys, keys_low, key_scale, values, values_low, value_scale, nu)
     )
-    flags = chosen[:, : v.shape[1]]
-    dot = jnp.einsum(
-        "hnd,hcd->hnc", k.astype(jnp.int32), q_high.astype(jnp.int32) * 256 + q_low.astype(jnp.int32)
-    ).astype(jnp.float32)
-    halves = q_halves.astype(jnp.float32)
-    q = jnp.concatenate([halves[:, 0] * 256 + halves[:, 2], halves[:, 1] * 256 + halves[:, 3]], -1)
-    low = jnp.einsum("hnd,hcd->hnc", 16 * signed_fields(k_low, 4), q, precision="highest")
-    unit, low_unit, half, shift = (coefficients[:, None, i] for i in range(4))
-    w = jnp.exp2((dot * unit + low * low_unit + half) * ks.astype(jnp.float32)[..., None] + shift)
-    w = jnp.where(jnp.repeat(flags, TILE, axis=1)[..., None] > 0, w, 0.0)  # [H, N, C]
-    stats = jnp.stack([w, w * share.astype(jnp.float32)[..., None], w * w], 2)
+    dot = together(jnp.einsum("hnd,hpcd->phnc", k.astype(jnp.int32), distinct(q_parts, 2).astype(jnp.int32)))
+    halves = distinct(q_halves, 2).astype(jnp.float32)
+    q = jnp.concatenate([halves[:, ::2], halves[:, 1::2]], -1)  # [H, 3, G, d]
+    low = together(jnp.einsum("hnd,hpcd->phnc", 16 * signed_fields(k_low, 4), q, precision="highest"))
+    unit, low_unit, half, shift = (distinct(coefficients, 2)[:, None, i] for i in range(4))
+    w = jnp.exp2((dot * unit + low * low_unit + half) * ks.astype(jnp.float32)[..., None] + shift)  # [H, N, G]
+    w = jnp.where(jnp.repeat(levels, TILE, axis=1)[..., None] == FINEST, w, 0.0)
+    fine = w * vs.astype(jnp.float32)[..., None]
+    stats = jnp.stack([w, w * share.astype(jnp.float32)[..., None], w * w, fine], 2)
+    coarse = jnp.where(levels[..., None, None] == 1, folded(weights.astype(jnp.float32).swapaxes(2, 3)), 0.0)
     tiles = (heads, -1, TILE)
-    weighted = (w * vs.astype(jnp.float32)[..., None]).reshape(*tiles, w.shape[-1])
-    codes = 4 * signed_fields(v, 4) + signed_fields(v_low, 2) + 2.5  # [H, NT, d, TILE]
-    acc = jnp.einsum("hjdt,hjtc->hjdc", codes, weighted, precision="highest")
+    fine = fine.reshape(*tiles, w.shape[-1])
+    dot = functools.partial(jnp.einsum, "hjdt,hjtc->hjdc", precision="highest")
+    acc = dot(4 * signed_fields(v, 4), coarse + fine) + dot(signed_fields(v_low, 2), fine)
 
     def split(x):  # [H, NT, ...] -> [H, S, ...]
         pad = -x.shape[1] % splits
         x = jnp.pad(x, ((0, 0), (0, pad), *[(0, 0)] * (x.ndim - 2)))
         return x.reshape(heads, -1, splits, *x.shape[2:]).sum(1)
 
-    return split(acc), stats.reshape(*tiles, 3, w.shape[-1]).sum(2)
+    return split(acc), stats.reshape(*tiles, 4, w.shape[-1]).sum(2)

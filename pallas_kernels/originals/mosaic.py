@@ -12,53 +12,53 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic as mg
-from pallas_kernels.mosaic import COLUMNS, TILE
+from pallas_kernels.mosaic import TILE
+from pallas_kernels.query import PARTS, distinct, folded, together
 
 LOWEST = -1e30
 """Score of what is not attended to."""
 
 
-def attend_original_tile(keys, values, live, queries, unit, shift, buffers, carry):
+def attend_original_tile(keys, values, live, queries, unit, shift, buffers, carry, interpret):
     """One tile of originals in global memory (of the device or of the host): [TILE, d] bfloat16 each, `live` tokens."""
-    k, v, w_high, w_low = buffers
+    k, v, weights = buffers
     acc, total, k_max, v_max, peak = carry  # the squares of the longest key and value; the largest score
-    d = keys.shape[-1]
+    d, columns = keys.shape[-1], unit.shape[1]
     copied = plgpu.Layout.SMEM_GMEM_COPY((TILE, d), jnp.bfloat16, plgpu.find_swizzle(16 * d))
     plgpu.commit_smem()  # a barrier: no warp reads the tile before any more
     k[...] = plgpu.load(keys, layout=copied, optimized=False)
     v[...] = plgpu.load(values, layout=copied, optimized=False)
     plgpu.commit_smem()
 
-    high = mg.sum_products(TILE, [(k, queries[0].transpose((1, 0)))])
-    low = mg.sum_products(TILE, [(k, queries[1].transpose((1, 0)))])
-    x = (high * 256 + low) * unit + shift
-    seen = lax.broadcasted_iota(jnp.int32, (TILE, COLUMNS), 0) < live
-    x = jnp.where(seen, x, jnp.full((TILE, COLUMNS), LOWEST, jnp.float32))
+    x = together([mg.sum_products(TILE, [(k, q.transpose((1, 0)))], interpret) for q in queries]) * unit + shift
+    seen = lax.broadcasted_iota(jnp.int32, (TILE, columns), 0) < live
+    x = jnp.where(seen, x, jnp.full((TILE, columns), LOWEST, jnp.float32))
     higher = jnp.maximum(peak, x.max(axis=0))
     shrink = jnp.exp2(peak - higher)
     p = jnp.exp2(x - mg.over_rows(higher, TILE))
-    p = jnp.where(seen, p, jnp.zeros((TILE, COLUMNS), jnp.float32))
-    mg.store_weights(p, w_high, w_low)
-    acc = acc * mg.over_rows(shrink, d)
+    p = jnp.where(seen, p, jnp.zeros((TILE, columns), jnp.float32))
+    mg.store_weights(p, weights)
+    plgpu.commit_smem()
     turned = v.transpose((1, 0))[...]
-    acc = mg.accumulate(acc, [(turned, ref.transpose((1, 0))) for ref in (w_high, w_low)])
+    product = mg.sum_products(d, [(turned, weights.transpose((1, 0)))], interpret)
+    acc = acc * mg.over_rows(shrink, d) + product
 
     def largest(ref):
         x = ref[...].astype(jnp.float32)
-        return mg.over_columns((x * x).sum(axis=1)).max(axis=0)
+        return mg.over_columns((x * x).sum(axis=1), columns).max(axis=0)
 
     total = total * shrink + p.sum(axis=0)
     return acc, total, jnp.maximum(k_max, largest(k)), jnp.maximum(v_max, largest(v)), higher
 
 
-def scratch_of_a_tile(d: int) -> list:
+def scratch_of_a_tile(d: int, columns: int) -> list:
     """Shared memory for `attend_original_tile`."""
-    return [*[mg.tile_ref((TILE, d), jnp.bfloat16)] * 2, *[mg.weights_ref()] * 2]
+    return [*[mg.tile_ref((TILE, d), jnp.bfloat16)] * 2, mg.weights_ref(columns)]
 
 
-def nothing(d: int):
-    zero = jnp.zeros((COLUMNS,), jnp.float32)
-    return jnp.zeros((d, COLUMNS), jnp.float32), zero, zero, zero, jnp.full((COLUMNS,), LOWEST, jnp.float32)
+def nothing(d: int, columns: int):
+    zero = jnp.zeros((columns,), jnp.float32)
+    return jnp.zeros((d, columns), jnp.float32), zero, zero, zero, jnp.full((columns,), LOWEST, jnp.float32)
 
 
 def store_result(carry, out, sums, out_ref, sums_ref) -> None:
@@ -71,32 +71,33 @@ def store_result(carry, out, sums, out_ref, sums_ref) -> None:
     plgpu.copy_smem_to_gmem(sums, sums_ref)
 
 
-def attend_originals(meta, chosen, q_pair, coefficients, keys, values, *, splits: int, interpret=False):
+def attend_originals(meta, chosen, q_parts, coefficients, keys, values, *, splits: int, interpret=False):
     n_layers, heads, n, d = keys.shape
-
+    columns = q_parts.shape[2]
     chosen = mg.rows_of_flags(chosen)
 
     def kernel(meta_ref, chosen_ref, q_ref, co_ref, k_ref, v_ref, acc_ref, sums_ref, *scratch):
-        flags, qh, ql, co, order, out, sums, barrier, *buffers = scratch
+        flags, co, order, out, sums, barrier, *rest = scratch
+        queries, buffers = rest[:PARTS], rest[PARTS:]
         h, split = lax.axis_index("h"), lax.axis_index("s")
         layer, length = meta_ref[h, 0], meta_ref[h, 3]
-        loads = ((chosen_ref.at[h], flags), (q_ref.at[h, 0], qh), (q_ref.at[h, 1], ql), (co_ref.at[h], co))
+        loads = ((chosen_ref.at[h], flags), (co_ref.at[h], co), *((q_ref.at[h, i], q) for i, q in enumerate(queries)))
         for source, target in loads:
             plgpu.copy_gmem_to_smem(source, target, barrier)
         plgpu.barrier_wait(barrier)
 
-        count = mg.list_chosen(flags, order, split, splits)
+        count = mg.list_chosen(flags, 1, order, split, splits)
         unit, shift = (mg.over_rows(co[i], TILE) for i in range(2))
 
         def visit(i, carry):
             start = order[i] * TILE
             here = pl.ds(start, TILE)
             return attend_original_tile(
-                k_ref.at[layer, h, here], v_ref.at[layer, h, here], length - start, (qh, ql), unit, shift, buffers,
-                carry,
+                k_ref.at[layer, h, here], v_ref.at[layer, h, here], length - start, queries, unit, shift, buffers,
+                carry, interpret,
             )  # fmt: skip
 
-        carry = lax.fori_loop(0, count, visit, nothing(d))
+        carry = lax.fori_loop(0, count, visit, nothing(d, columns))
         store_result(carry, out, sums, acc_ref.at[h, split], sums_ref.at[h, split])
         plgpu.wait_smem_to_gmem(0)
 
@@ -104,22 +105,23 @@ def attend_originals(meta, chosen, q_pair, coefficients, keys, values, *, splits
     run = plgpu.kernel(
         kernel,
         out_type=[
-            jax.ShapeDtypeStruct((heads, splits, d, COLUMNS), f32),
-            jax.ShapeDtypeStruct((heads, splits, 4, COLUMNS), f32),
+            jax.ShapeDtypeStruct((heads, splits, d, columns), f32),
+            jax.ShapeDtypeStruct((heads, splits, 4, columns), f32),
         ],
         grid=(heads, splits),
         grid_names=("h", "s"),
         compiler_params=mg.PARAMS,
         scratch_types=[
             plgpu.SMEM(chosen.shape[1:], jnp.int32),
-            *[mg.tile_ref((COLUMNS, d), jnp.bfloat16)] * 2,
-            plgpu.SMEM((2, COLUMNS), f32),
+            plgpu.SMEM((2, columns), f32),
             plgpu.SMEM((-(-chosen.shape[1] * chosen.shape[2] // splits),), jnp.int32),
-            plgpu.SMEM((d, COLUMNS), f32),
-            plgpu.SMEM((4, COLUMNS), f32),
-            plgpu.Barrier(num_arrivals=4),
-            *scratch_of_a_tile(d),
+            plgpu.SMEM((d, columns), f32),
+            plgpu.SMEM((4, columns), f32),
+            plgpu.Barrier(num_arrivals=2 + PARTS),
+            *[mg.tile_ref((columns, d), jnp.bfloat16)] * PARTS,
+            *scratch_of_a_tile(d, columns),
         ],
         interpret=interpret,
     )
-    return run(meta, chosen, q_pair, coefficients, keys, values)
+    acc, sums = run(meta, chosen, q_parts, coefficients, keys, values)
+    return folded(acc), distinct(sums, 3)

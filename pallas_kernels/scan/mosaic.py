@@ -12,90 +12,95 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic as mg
-from pallas_kernels.mosaic import COLUMNS, TILE
+from pallas_kernels.mosaic import SUMS, TILE
 from pallas_kernels.originals.mosaic import attend_original_tile, nothing, scratch_of_a_tile, store_result
+from pallas_kernels.query import PARTS, distinct, folded
 
 STAGES = 4
 """Tiles of keys on their way into shared memory."""
 
 
-def scan_tiles(meta, q_high, q_low, coefficients, keys, scale, nu, live, q_pair, window_coefficients, windows, *,
-               splits: int, interpret=False):  # fmt: skip
+def scan_tiles(meta, q_parts, coefficients, keys, key_scale, value_scale, nu, live, q_plain, window_coefficients,
+               windows, *, splits: int, interpret=False):  # fmt: skip
     n_layers, heads, n, d = keys.shape
-    n_tiles = n // TILE
+    n_tiles, columns = n // TILE, q_parts.shape[2]
     most = -(-n_tiles // splits)
     places = [(i, j) for i in range(len(windows) // 2) for j in range(windows[2 * i].shape[2] // TILE)]
 
-    def kernel(meta_ref, qh_ref, ql_ref, co_ref, k_ref, s_ref, nu_ref, live_ref, qp_ref, wco_ref, *refs):
-        window_refs, (stats_ref, acc_ref, sums_ref) = refs[: len(windows)], refs[len(windows) :]
+    def kernel(meta_ref, q_ref, co_ref, k_ref, ks_ref, vs_ref, nu_ref, live_ref, qp_ref, wco_ref, *refs):
+        window_refs, (stats_ref, weights_ref, acc_ref, sums_ref) = refs[: len(windows)], refs[len(windows) :]
         h, split = lax.axis_index("h"), lax.axis_index("s")
         layer, first, end = meta_ref[h, 0], meta_ref[h, 1], meta_ref[h, 2]
 
-        def stream(qh, ql, co, stats, barrier):
-            for source, target in ((qh_ref, qh), (ql_ref, ql), (co_ref, co)):
-                plgpu.copy_gmem_to_smem(source.at[h], target, barrier)
+        def stream(co, stats, weights, barrier, *queries):
+            plgpu.copy_gmem_to_smem(co_ref.at[h], co, barrier)
+            for i, q in enumerate(queries):
+                plgpu.copy_gmem_to_smem(q_ref.at[h, i], q, barrier)
             per = (end - first + splits - 1) // splits
             start = first + split * per
             steps = jnp.maximum(jnp.minimum(per, end - start), 0)
             plgpu.barrier_wait(barrier)
             unit, half, shift = (mg.over_rows(co[i], TILE) for i in range(3))
 
-            def visit(index, k, s, nu):
-                x = mg.integer_dot(k, qh, ql) * unit + half
-                w = jnp.exp2(x * mg.over_columns(s[...].astype(jnp.float32)) + shift)
-                slot = index[0] % 2
-                plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the slot's last copy has left it
-                mg.store_sums(w, nu, stats.at[slot])
+            def visit(index, k, ks, vs, nu):
+                w = jnp.exp2(mg.times(mg.integer_dot(k, queries) * unit + half, ks) + shift)
+                scaled = mg.times(w, vs)
+                tile, slot = start + index[0], index[0] % 2
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the slot's last copies have left it
+                mg.store_sums(w, scaled, nu, stats.at[slot])
+                mg.store_weights(scaled, weights.at[slot])
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(stats.at[slot], stats_ref.at[h, start + index[0]])
+                plgpu.copy_smem_to_gmem(stats.at[slot], stats_ref.at[h, tile], commit_group=False)
+                plgpu.copy_smem_to_gmem(weights.at[slot], weights_ref.at[h, tile])
 
             here = pl.ds(start * TILE, most * TILE)
+            a_number = plgpu.BlockSpec((TILE,), lambda i: (i,))
             plgpu.emit_pipeline(
                 visit,
                 grid=(steps,),
                 max_concurrent_steps=STAGES,
                 in_specs=[
                     plgpu.BlockSpec((TILE, d), lambda i: (i, 0), transforms=mg.swizzled(8, d)),
-                    plgpu.BlockSpec((TILE,), lambda i: (i,)),
-                    plgpu.BlockSpec((TILE,), lambda i: (i,)),
+                    *[a_number] * 3,
                 ],
-            )(k_ref.at[layer, h, here], s_ref.at[layer, h, here], nu_ref.at[layer, h, here])
+            )(*(ref.at[layer, h, here] for ref in (k_ref, ks_ref, vs_ref, nu_ref)))
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(split < splits)
         def _():
             pl.run_scoped(
                 stream,
-                mg.tile_ref((COLUMNS, d), jnp.int8),
-                mg.tile_ref((COLUMNS, d), jnp.int8),
-                plgpu.SMEM((3, COLUMNS), jnp.float32),
-                plgpu.SMEM((2, 3, COLUMNS), jnp.float32),
-                plgpu.Barrier(num_arrivals=3),
+                plgpu.SMEM((3, columns), jnp.float32),
+                plgpu.SMEM((2, SUMS, columns), jnp.float32),
+                mg.weights_ref(columns, 2),
+                plgpu.Barrier(num_arrivals=1 + PARTS),
+                *[mg.tile_ref((columns, d), jnp.int8)] * PARTS,
             )
 
         def window(place, index):
-            def attend(queries_high, queries_low, co, out, sums, barrier, *buffers):
-                loads = ((qp_ref.at[h, 0], queries_high), (qp_ref.at[h, 1], queries_low), (wco_ref.at[h], co))
-                for source, target in loads:
-                    plgpu.copy_gmem_to_smem(source, target, barrier)
+            def attend(co, out, sums, barrier, *scratch):
+                queries, buffers = scratch[:PARTS], scratch[PARTS:]
+                plgpu.copy_gmem_to_smem(wco_ref.at[h], co, barrier)
+                for i, q in enumerate(queries):
+                    plgpu.copy_gmem_to_smem(qp_ref.at[h, i], q, barrier)
                 plgpu.barrier_wait(barrier)
                 unit, shift = (mg.over_rows(co[i], TILE) for i in range(2))
                 which, tile = place
                 k, v = (ref.at[layer, h, pl.ds(tile * TILE, TILE)] for ref in window_refs[2 * which : 2 * which + 2])
                 carry = attend_original_tile(
-                    k, v, live_ref[h, index], (queries_high, queries_low), unit, shift, buffers, nothing(d)
+                    k, v, live_ref[h, index], queries, unit, shift, buffers, nothing(d, columns), interpret
                 )
                 store_result(carry, out, sums, acc_ref.at[h, index], sums_ref.at[h, index])
                 plgpu.wait_smem_to_gmem(0)
 
             pl.run_scoped(
                 attend,
-                *[mg.tile_ref((COLUMNS, d), jnp.bfloat16)] * 2,
-                plgpu.SMEM((2, COLUMNS), jnp.float32),
-                plgpu.SMEM((d, COLUMNS), jnp.float32),
-                plgpu.SMEM((4, COLUMNS), jnp.float32),
-                plgpu.Barrier(num_arrivals=3),
-                *scratch_of_a_tile(d),
+                plgpu.SMEM((2, columns), jnp.float32),
+                plgpu.SMEM((d, columns), jnp.float32),
+                plgpu.SMEM((4, columns), jnp.float32),
+                plgpu.Barrier(num_arrivals=1 + PARTS),
+                *[mg.tile_ref((columns, d), jnp.bfloat16)] * PARTS,
+                *scratch_of_a_tile(d, columns),
             )
 
         for index, place in enumerate(places):
@@ -105,13 +110,17 @@ def scan_tiles(meta, q_high, q_low, coefficients, keys, scale, nu, live, q_pair,
     run = plgpu.kernel(
         kernel,
         out_type=[
-            jax.ShapeDtypeStruct((heads, n_tiles, 3, COLUMNS), f32),
-            jax.ShapeDtypeStruct((heads, len(places), d, COLUMNS), f32),
-            jax.ShapeDtypeStruct((heads, len(places), 4, COLUMNS), f32),
+            jax.ShapeDtypeStruct((heads, n_tiles, SUMS, columns), f32),
+            jax.ShapeDtypeStruct((heads, n_tiles, columns, TILE), jnp.bfloat16),
+            jax.ShapeDtypeStruct((heads, len(places), d, columns), f32),
+            jax.ShapeDtypeStruct((heads, len(places), 4, columns), f32),
         ],
         grid=(heads, splits + len(places)),
         grid_names=("h", "s"),
         compiler_params=mg.PARAMS,
         interpret=interpret,
     )
-    return run(meta, q_high, q_low, coefficients, keys, scale, nu, live, q_pair, window_coefficients, *windows)
+    stats, weights, acc, sums = run(
+        meta, q_parts, coefficients, keys, key_scale, value_scale, nu, live, q_plain, window_coefficients, *windows
+    )
+    return distinct(stats, 3), weights, folded(acc), distinct(sums, 3)

@@ -6,47 +6,61 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.originals.reference import attend_tile_of_originals
+from pallas_kernels.query import distinct, in_two_halves, together
+
+TILE = 128
 
 
 def scan_tiles(
     meta: jax.Array,  # [H, 4] int32: layer, first tile and end of those read from tier 1, length
-    q_high: jax.Array,  # [H, C, d] int8
-    q_low: jax.Array,  # [H, C, d] int8
+    q_parts: jax.Array,  # [H, 3, C, d] int8
     coefficients: jax.Array,  # [H, 3, C] float32: unit, half, shift
     keys: jax.Array,  # [L, H, N, d] int8
-    scale: jax.Array,  # [L, H, N] bfloat16
+    key_scale: jax.Array,  # [L, H, N] bfloat16
+    value_scale: jax.Array,  # [L, H, N] bfloat16
     nu: jax.Array,  # [L, H, N] uint8, shares of the tile's peak
     live: jax.Array,  # [H, W] int32, tokens that each window tile holds, its first ones
-    q_pair: jax.Array,  # [H, 2, C, d] bfloat16
+    q_plain: jax.Array,  # [H, 3, C, d] bfloat16
     window_coefficients: jax.Array,  # [H, 2, C] float32: unit, shift
     windows: tuple[jax.Array, ...],  # keys, values, keys, values ...: [L, H, n 128, d] bfloat16, W tiles in all
     *,
     splits: int = 1,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Per tile `sum w`, `sum w share`, `sum w^2` with `w = 2^(scale (unit q.k + half) + shift)`: [H, NT, 3, C].
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Weights `w = 2^(scale (unit q.k + half) + shift)` of every token, summed over tiles.
 
-    Tiles that are not read are 0 (in the kernel: anything). Of every window tile what `attend_originals` returns:
-    [H, W, d, C] and [H, W, 4, C].
+    Queries come with C = 2 G columns, the second half repeating the first; results are of the G.
+
+    Returns
+    -------
+    stats : [H, NT, 4, G]
+        Per tile `sum w`, `sum w share`, `sum w^2`, `sum w value_scale`. Of tiles that are not read: 0 (in the kernel:
+        anything).
+    weights : [H, NT, C, 128] bfloat16
+        `w value_scale` for the second pass, see `in_two_halves`. Of tiles that are not read: anything.
+    acc, sums : [H, W, d, G], [H, W, 4, G]
+        Of every window tile what `attend_originals` returns.
 
     `splits` is the kernel's: how many programs share the keys of a head.
     """
     layer, first, end = meta[0, 0], meta[:, 1], meta[:, 2]
-    k, s, share = (jnp.take(x, layer, 0) for x in (keys, scale, nu))
-    q = q_high.astype(jnp.int32) * 256 + q_low.astype(jnp.int32)
-    dot = jnp.einsum("hnd,hcd->hnc", k.astype(jnp.int32), q).astype(jnp.float32)
-    unit, half, shift = (coefficients[:, None, i] for i in range(3))  # [H, 1, C]
-    w = jnp.exp2((dot * unit + half) * s.astype(jnp.float32)[..., None] + shift)
-    stats = jnp.stack([w, w * share.astype(jnp.float32)[..., None], w * w], 2)  # [H, N, 3, C]
+    k, ks, vs, share = (jnp.take(x, layer, 0) for x in (keys, key_scale, value_scale, nu))
+    q = distinct(q_parts, 2).astype(jnp.int32)
+    dot = together(jnp.einsum("hnd,hpcd->phnc", k.astype(jnp.int32), q))
+    unit, half, shift = (distinct(coefficients, 2)[:, None, i] for i in range(3))  # [H, 1, G]
+    w = jnp.exp2((dot * unit + half) * ks.astype(jnp.float32)[..., None] + shift)  # [H, N, G]
+    weighted = w * vs.astype(jnp.float32)[..., None]
+    stats = jnp.stack([w, w * share.astype(jnp.float32)[..., None], w * w, weighted], 2)
     heads, n, _, columns = stats.shape
-    stats = stats.reshape(heads, n // 128, 128, 3, columns).sum(2)
-    tile = jnp.arange(n // 128)
+    stats = stats.reshape(heads, n // TILE, TILE, 4, columns).sum(2)
+    tile = jnp.arange(n // TILE)
     read = (tile >= first[:, None]) & (tile < end[:, None])
     stats = jnp.where(read[..., None, None], stats, 0.0)
+    weights = in_two_halves(weighted).reshape(heads, n // TILE, TILE, 2 * columns).swapaxes(2, 3)
     parts = []
     for keys, values in zip(windows[::2], windows[1::2], strict=True):
-        for tile in range(keys.shape[2] // 128):
-            cut = slice(tile * 128, tile * 128 + 128)
+        for tile in range(keys.shape[2] // TILE):
+            cut = slice(tile * TILE, tile * TILE + TILE)
             k, v = (jnp.take(x, layer, 0)[:, cut] for x in (keys, values))
-            parts.append(attend_tile_of_originals(k, v, live[:, len(parts)], q_pair, window_coefficients))
+            parts.append(attend_tile_of_originals(k, v, live[:, len(parts)], q_plain, window_coefficients))
     acc, sums = (jnp.stack(x, 1) for x in zip(*parts, strict=True))
-    return stats, acc, sums
+    return stats, weights, acc, sums
