@@ -22,6 +22,11 @@ POLICIES = {
     "budget": Policy.budget(1.0, **WATCHFUL, **PLAIN),
     "paper": Policy.paper(scrub=1),
 }
+UNSCRUBBED = {
+    # A tolerance so loose that tier 1 is read rather than replaced.
+    "budget": dataclasses.replace(POLICIES["budget"], scrub=0, skip_values=False, tolerance=100.0),
+    "paper": dataclasses.replace(POLICIES["paper"], scrub=0),
+}
 policies = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 
 
@@ -112,8 +117,7 @@ def test_scrubbing_reaches_every_block_within_its_period():
 @policies
 @pytest.mark.parametrize("leaf", ["k_scale", "k_zero", "v_scale", "v_zero"])
 def test_nan_in_metadata_takes_the_layer_to_dense(policy, leaf):
-    loose = None if policy.kind == "paper" else 100.0  # so that tier 1 is read rather than replaced
-    policy = dataclasses.replace(policy, scrub=0, skip_values=False, tolerance=loose)
+    policy = UNSCRUBBED[policy.kind]
     cache = damage(problems.cache(policy), "codes", leaf, lambda x: x.at[BLOCK].set(jnp.nan))
     error, record = certified(cache, policy)
     assert not np.asarray(record.precondition_ok[0]).all()
@@ -135,7 +139,7 @@ def test_non_finite_key_in_the_originals_is_never_certified(policy, bad):
 
 
 def test_annotation_that_claims_infinity_makes_heads_dense_not_wrong():
-    policy = Policy.budget(1.0, scrub=0, sink_tokens=0, recent_tokens=32, **PLAIN)
+    policy = UNSCRUBBED["budget"]
     cache = damage(problems.cache(policy), "notes", "kappa", lambda x: x.at[BLOCK].set(jnp.inf))
     error, record = certified(cache, policy)
     assert (error <= f64(record.e_total)).all()
