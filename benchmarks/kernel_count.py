@@ -1,4 +1,5 @@
-"""How many GPU kernels one fused step is, without a GPU: `python -m benchmarks.kernel_count --context 65536`.
+"""How many GPU kernels the attention of a layer is, in a loop over layers as in a decode step, without a GPU:
+`python -m benchmarks.kernel_count --context 65536`.
 
 Compiles ahead of time (see `benchmarks/h100.py` for what that needs).
 """
@@ -21,6 +22,7 @@ from certjax.fused.attention import fused_attention, fused_naive
 from pallas_kernels.dispatch import mosaic_kernels
 
 NO_KERNEL = ("parameter", "get-tuple-element", "bitcast", "tuple", "constant")
+LAYERS = 4
 
 
 def main() -> None:
@@ -30,24 +32,40 @@ def main() -> None:
     args = parser.parse_args()
     device = h100.device()
     policy, heads, group, d = Policy.budget(0.05, block_size=128), *SHAPE.values()
-    originals = jax.ShapeDtypeStruct((1, 1, heads, args.context, d), jnp.bfloat16)
+    originals = jax.ShapeDtypeStruct((LAYERS, 1, heads, args.context, d), jnp.bfloat16)
     cache = jax.eval_shape(
         lambda k, v: TieredKVCache.from_prefill(k, v, policy, capacity=args.context), originals, originals
     )
     q = jax.ShapeDtypeStruct((1, heads, group, d), jnp.float32)
     kernels = mosaic_kernels(heads)
     functions = {
-        "certified": lambda q, c: fused_attention(q, c, jnp.int32(0), policy, kernels, jnp.ones(1, bool)),
-        "naive": lambda q, c: fused_naive(q, c, jnp.int32(0), policy, kernels),
+        "certified": lambda q, c, layer: fused_attention(q, c, layer, policy, kernels, jnp.ones(1, bool)),
+        "naive": lambda q, c, layer: (fused_naive(q, c, layer, policy, kernels), None),
     }
     for name, f in functions.items():
-        text = jax.jit(f).trace(*h100.on_device((q, cache), device)).lower().compile().as_text()
-        found = re.findall(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\(", text[text.index("ENTRY") :], re.M)
-        found = [x for x in found if x[2] not in NO_KERNEL]
-        print(name, len(found), dict(collections.Counter(kind for *_, kind in found)))
+
+        def step(q, cache, f=f):
+            def visit(q, layer):
+                out, record = f(q, cache, layer)
+                return q + out, record
+
+            return jax.lax.scan(visit, q, jnp.arange(LAYERS))
+
+        text = jax.jit(step).trace(*h100.on_device((q, cache), device)).lower().compile().as_text()
+        (body,) = set(re.findall(r"body=%?([\w.\-]+)", text))
+        in_loop, before = (kernels_of(text, start) for start in (f"%{body} ", "ENTRY"))
+        print(f"{name}: {len(in_loop)} a layer, {len(before) - 1} a step beside")
+        print("  ", dict(collections.Counter(kind for *_, kind in in_loop)))
         if args.verbose:
-            for operation, shape, _ in found:
+            for operation, shape, _ in in_loop:
                 print("  ", operation, shape[:90])
+
+
+def kernels_of(text: str, start: str) -> list[tuple[str, str, str]]:
+    """Name, shape and kind of the operations of a computation that run on the device."""
+    body = text[re.search(rf"^{re.escape(start)}", text, re.M).start() :]
+    found = re.findall(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\(", body[: body.index("\n}")], re.M)
+    return [x for x in found if x[2] not in NO_KERNEL]
 
 
 if __name__ == "__main__":

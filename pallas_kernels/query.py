@@ -77,8 +77,20 @@ def value(x: Fixed) -> jax.Array:
     return together(jnp.moveaxis(x.parts, 1, 0)) * x.scale[..., None]
 
 
-def split_channels(parts: jax.Array) -> jax.Array:
-    """[H, PARTS, C, d] -> [H, 2 PARTS, C, d/2] bfloat16, exact: every part cut in the middle of its
-    channels."""
-    first, second = jnp.split(parts.astype(jnp.bfloat16), 2, axis=-1)
-    return jnp.stack([first, second], 2).reshape(parts.shape[0], 2 * PARTS, *first.shape[2:])
+UNIT, HALF, SHIFT, LOW_UNIT, HALF_FINE, UNIT_EXACT, SHIFT_EXACT = range(7)
+"""Rows of `Operands.numbers`. The score of a token, in units of log 2 and less the reference, is
+`(UNIT q.k + HALF) scale + SHIFT` for 8-bit keys, `(UNIT q.k + LOW_UNIT q.low + HALF_FINE) scale + SHIFT` for 12-bit
+keys, and `UNIT_EXACT q.k + SHIFT_EXACT` for original keys."""
+
+
+@struct.dataclass
+class Operands:
+    """The queries of a step as kernels take them, C = 2 G columns."""
+
+    parts: jax.Array  # [H, PARTS, C, d] int8, of the turned queries
+    wide: jax.Array  # [H, 2 PARTS, C, d] bfloat16, the same, and those of the queries as they are
+    numbers: jax.Array  # [H, 7, C] float32
+
+    def row(self, i: int) -> jax.Array:
+        """A row of numbers, of the distinct columns, for every token: [H, 1, G]."""
+        return distinct(self.numbers, 2)[:, None, i]

@@ -43,18 +43,15 @@ def calls(d: int):
     chosen = (jax.random.uniform(jax.random.key(1), x.active.shape) < 0.6) & x.active
     flags = chosen.astype(jnp.int32)
     levels = flags * jax.random.randint(jax.random.key(2), flags.shape, 1, 3)
-    scan = (
-        x.meta, q.turned.parts, q.scan, x.keys, x.key_scale, x.value_scale, x.nu, x.live, q.exact, q.originals,
-        x.windows,
-    )  # fmt: skip
+    scan = (x.index, x.meta, q.kernel, x.keys, x.key_scale, x.value_scale, x.nu, x.live, x.windows)
     weights = dispatch.reference_kernels().scan(*scan)[1]
     return {
         "scan": scan,
         "attend": (
-            x.meta, levels, weights, q.turned.parts, q.halves, q.attend, x.keys, x.keys_low, x.key_scale, x.values,
-            x.values_low, x.value_scale, x.nu,
+            x.index, levels, weights, q.kernel, x.keys, x.keys_low, x.key_scale, x.values, x.values_low,
+            x.value_scale, x.nu,
         ),
-        "originals": (x.meta, flags, q.exact, q.originals, x.host_keys, x.host_values),
+        "originals": (x.index, x.meta, flags, q.kernel, x.host_keys, x.host_values),
     }, np.asarray(x.active), np.asarray(levels)  # fmt: skip
 
 
@@ -71,9 +68,11 @@ def test_fixed_point_queries_are_within_their_stated_error(d):
         x = jnp.asarray(exact, jnp.float32)
         fixed = qr.fixed_point(x, jnp.abs(x).max(-1))
         gap = np.linalg.norm(f64(qr.value(fixed)) - f64(x), axis=-1)
-        assert (gap <= f64(fixed.error)).all()
-    assert (np.linalg.norm(f64(qr.value(q.plain))[:, :G] - plain, axis=-1) > 0.2 * f64(q.plain.error)[:, :G]).all()
-    assert (q.plain.parts[:, :, :G] == q.plain.parts[:, :, G:]).all()
+        assert (gap <= f64(fixed.error)).all() and fixed.scale.min() > 0
+    fixed = qr.fixed_point(jnp.asarray(plain, jnp.float32), jnp.abs(plain).max(-1))
+    assert (np.linalg.norm(f64(qr.value(fixed)) - plain, axis=-1) > 0.2 * f64(fixed.error)).all()
+    for x in (q.kernel.parts, q.kernel.wide, q.kernel.numbers):
+        assert (x[:, :, :G] == x[:, :, G:]).all()
 
 
 def test_weights_in_two_halves_add_up():
@@ -134,7 +133,7 @@ def test_dense_pass_over_originals_is_attention(d):
     _, x, q, plain = operands(d)
     everything = jnp.ones(x.active.shape, jnp.int32)
     acc, sums = dispatch.reference_kernels(3).originals(
-        x.meta, everything, q.exact, q.originals, x.host_keys, x.host_values
+        x.index, x.meta, everything, q.kernel, x.host_keys, x.host_values
     )
     scale = np.exp2(f64(sums)[:, :, 3] - f64(sums)[:, :, 3].max(1, keepdims=True))
     out = (f64(acc) * scale[:, :, None]).sum(1) / (f64(sums)[:, :, 0] * scale).sum(1)[:, None]

@@ -82,11 +82,10 @@ class _Step:
 
     def scan(self, only_windows: bool = False) -> _Scan:
         x, q = self.layer, self.queries
-        meta = x.meta.at[:, 2].set(x.meta[:, 1]) if only_windows else x.meta
+        meta = x.meta.at[:, 1].set(x.meta[:, 0]) if only_windows else x.meta
         stats, weights, acc, window_sums = self.kernels.scan(
-            meta, q.turned.parts, q.scan, x.keys, x.key_scale, x.value_scale, x.nu, x.live, q.exact, q.originals,
-            x.windows,
-        )  # fmt: skip
+            x.index, meta, q.kernel, x.keys, x.key_scale, x.value_scale, x.nu, x.live, x.windows
+        )
         sums = bd.tile_sums(jnp.where(x.active[..., None, None], stats, 0.0), x)
         return _Scan(sums, weights, bd.exact_of(acc, window_sums))
 
@@ -104,8 +103,8 @@ class _Step:
         """Read what a plan asks for; without `promote` it asks for nothing of tier 2."""
         x, q = self.layer, self.queries
         acc, stats = self.kernels.attend(
-            x.meta, plan.level, scan.weights, q.turned.parts, q.halves, q.attend, x.keys, x.keys_low, x.key_scale,
-            x.values, x.values_low, x.value_scale, x.nu,
+            x.index, plan.level, scan.weights, q.kernel, x.keys, x.keys_low, x.key_scale, x.values, x.values_low,
+            x.value_scale, x.nu,
         )  # fmt: skip
         exact = bd.joined(scan.windows, self.originals(plan.level == bd.PROMOTE)) if promote else scan.windows
         return bd.Pass(scan.sums, bd.tile_sums(stats, x), plan.level, acc.sum(1), exact)
@@ -114,7 +113,7 @@ class _Step:
         """Attend to the originals of the `chosen` tiles `[H, NT]`, from the host; `alone` if to nothing else."""
         x, q = self.layer, self.queries
         return bd.exact_of(
-            *self.kernels.originals(x.meta, chosen.astype(jnp.int32), q.exact, q.originals, x.host_keys, x.host_values),
+            *self.kernels.originals(x.index, x.meta, chosen.astype(jnp.int32), q.kernel, x.host_keys, x.host_values),
             alone=alone,
         )
 
@@ -152,7 +151,7 @@ class _Step:
         row_failed = ~(sound & (jnp.isfinite(norm) & passed).all((1, 2)))  # [b]
         gone = plan.give_up.reshape(self.batch, -1)
         dense = heads_to_give_up(self.policy, norm, e_total, gone) | row_failed[:, None]  # [b, Hkv]
-        tiles = jnp.arange(self.n_tiles) * ops.TILE < self.layer.meta[:, 3:]
+        tiles = jnp.arange(self.n_tiles) * ops.TILE < self.layer.meta[:, 2:]
         found = self.originals(tiles & dense.reshape(-1)[:, None], alone=True)
         exact, exact_norm, error = bd.judge_dense(found, self.queries, self.cache.capacity, self.additions)
         out = jnp.where(dense[..., None, None], self.grouped(exact), out)

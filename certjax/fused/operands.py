@@ -46,18 +46,22 @@ class Layer:
     reach: jax.Array  # [H] largest ||k - c_k|| of the tiles read
     nu_max: jax.Array  # [H] largest nu of the tiles read
     eta_max: jax.Array  # [H] largest eta of the tiles read, at the coarsest level
-    kappa_max: jax.Array  # [H, 2] largest kappa of the tiles read
     key_centre_norm: jax.Array  # [H] rounded up
     value_centre_norm: jax.Array  # [H]
     key_centre: jax.Array  # [H, d]
     value_centre: jax.Array  # [H, d]
     active: jax.Array  # [H, NT] bool, tiles read from tier 1
     live: jax.Array  # [H, W] int32, tokens in each window tile
-    meta: jax.Array  # [H, 4] int32: layer, first and end of the active tiles, length
+    index: jax.Array  # [1] int32, of the layer
+    meta: jax.Array  # [H, 3] int32: first and end of the active tiles, length
 
 
 def layer_of(cache: TieredKVCache, layer: jax.Array) -> Layer:
-    """`cache`: stacked, leaves `[L, b, Hkv, ...]`, with `length` the tokens to attend to."""
+    """`cache`: stacked, leaves `[L, b, Hkv, ...]`, with `length` the tokens to attend to.
+
+    What does not depend on the layer, or is a number a head, is written for all layers at once: XLA takes it out of the
+    loop over layers.
+    """
     n_layers, b, n_heads = cache.ring_keys.shape[:3]
     heads, size = b * n_heads, cache.block_size
 
@@ -66,9 +70,11 @@ def layer_of(cache: TieredKVCache, layer: jax.Array) -> Layer:
         joined = (math.prod(rest[: drop + 1]), *rest[drop + 1 :])
         return x.reshape(n_layers, heads, *joined)
 
-    def here(x):  # one layer's small array
-        x = jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
-        return x.reshape(heads, *x.shape[2:]).astype(jnp.float32)
+    def here(x):  # [L, ...] -> this layer's
+        return jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
+
+    def by_head(x):  # [L, b, Hkv, ...] -> [L, H, ...] float32
+        return x.reshape(n_layers, heads, *x.shape[3:]).astype(jnp.float32)
 
     codes, notes, length = cache.codes, cache.notes, cache.length
     last = (length - 1) // size
@@ -86,20 +92,18 @@ def layer_of(cache: TieredKVCache, layer: jax.Array) -> Layer:
         return jnp.repeat(x, n_heads, axis=0)
 
     active = per_head(active)
-    meta = jnp.stack([jnp.full_like(length, layer), jnp.full_like(length, first), end, length], -1)
+    meta = jnp.stack([jnp.full_like(length, first), end, length], -1)
     host = (None, None)
     if cache.host_keys is not None:
         host = tuple(x.reshape(n_layers, heads, *x.shape[3:]) for x in (cache.host_keys, cache.host_values))
-    kappa, eta, nu = here(notes.kappa.peak), here(notes.eta.peak), here(notes.nu.peak)
-    reach, nu_max, eta_max, *kappa_max = rd.together(
-        1, *((jnp.where(active, x, 0.0), rd.MAX) for x in (here(notes.k_norm), nu, eta[..., 0], kappa[..., 0],
-                                                           kappa[..., 1]))
-    )  # fmt: skip
-    key_centre, value_centre = here(cache.stats.key_centre), here(cache.stats.value_centre)
-    centre_norms = [
-        jnp.sqrt(x) * num.NORM_SLACK + cache.head_dim**0.5 * VANISHED
-        for x in rd.sums(-1, key_centre**2, value_centre**2)
+    kappa, eta, nu, k_norm = (by_head(x) for x in (notes.kappa.peak, notes.eta.peak, notes.nu.peak, notes.k_norm))
+    largest = rd.together(2, *((jnp.where(active, x, 0.0), rd.MAX) for x in (k_norm, nu, eta[..., 0])))  # [L, H]
+    centres = [by_head(x) for x in (cache.stats.key_centre, cache.stats.value_centre)]  # [L, H, d]
+    norms = [
+        jnp.sqrt(x) * num.NORM_SLACK + cache.head_dim**0.5 * VANISHED for x in rd.sums(-1, *(x**2 for x in centres))
     ]
+    reach, nu_max, eta_max, *norms = here(jnp.stack([*largest, *norms], 1))
+    kappa, eta, nu, key_centre, value_centre = (here(x) for x in (kappa, eta, nu, *centres))
     windows = [
         flat(x)
         for x in (cache.sink_keys, cache.sink_values, cache.ring_keys, cache.ring_values)
@@ -119,43 +123,31 @@ def layer_of(cache: TieredKVCache, layer: jax.Array) -> Layer:
         kappa_peak=kappa,
         eta_peak=eta,
         nu_peak=nu,
-        sigma_k=here(notes.sigma_k),
-        sigma_v=here(notes.sigma_v),
+        sigma_k=here(by_head(notes.sigma_k)),
+        sigma_v=here(by_head(notes.sigma_v)),
         reach=reach,
         nu_max=nu_max,
         eta_max=eta_max,
-        kappa_max=jnp.stack(kappa_max, -1),
         key_centre=key_centre,
         value_centre=value_centre,
-        key_centre_norm=centre_norms[0],
-        value_centre_norm=centre_norms[1],
+        key_centre_norm=norms[0],
+        value_centre_norm=norms[1],
         active=active,
         live=per_head(jnp.concatenate([sink, ring], -1)).astype(jnp.int32),
+        index=layer.astype(jnp.int32)[None],
         meta=per_head(meta).astype(jnp.int32),
     )
 
 
 @struct.dataclass
 class Queries:
-    """The queries of a step, turned and as they are, and what every score of theirs is off by at most."""
+    """The queries of a step, and what every score of theirs is off by at most."""
 
-    turned: qr.Fixed
-    plain: qr.Fixed
-    scan: jax.Array  # [H, 3, C] coefficients of the first pass
-    attend: jax.Array  # [H, 4, C] coefficients of the second
-    originals: jax.Array  # [H, 2, C] coefficients of passes over originals
+    kernel: qr.Operands
     norm: jax.Array  # [H, G] ||q|| / sqrt(d), rounded up
     eps: jax.Array  # [H, G] bound on the error of a score from tier 1, and of its exponential
     eps_original: jax.Array  # [H, G] the same, per unit of the longest original key
     reference: jax.Array  # [H, G] what scores are less of, in nats
-
-    @property
-    def halves(self) -> jax.Array:
-        return qr.split_channels(self.turned.parts)
-
-    @property
-    def exact(self) -> jax.Array:
-        return self.plain.parts.astype(jnp.bfloat16)
 
 
 ROOM = 40.0
@@ -229,12 +221,13 @@ def prepare(q: jax.Array, layer: Layer) -> Queries:
     # `total` is that of the query before it was made fixed-point, which counts for less than a tenth.
     inexact = (1.1 * turned.error + 8 * num.U * length) * (d**-0.5 * num.NORM_SLACK)
     tensor = (d // 16 + 4) * 2 * TENSOR_UNIT * norm
+    rows = {
+        qr.UNIT: unit, qr.HALF: 8 * total, qr.SHIFT: shift, qr.LOW_UNIT: unit / 256, qr.HALF_FINE: 8.5 * total,
+        qr.UNIT_EXACT: plain.scale * per_log, qr.SHIFT_EXACT: -reference * qr.LOG2_E,
+    }  # fmt: skip
+    wide = jnp.concatenate([turned.parts, plain.parts], 1).astype(jnp.bfloat16)
     return Queries(
-        turned=turned,
-        plain=plain,
-        scan=jnp.stack([unit, 8 * total, shift], 1),
-        attend=jnp.stack([unit, unit / 256, 8.5 * total, shift], 1),
-        originals=jnp.stack([plain.scale * per_log, -reference * qr.LOG2_E], 1),
+        kernel=qr.Operands(turned.parts, wide, jnp.stack([rows[i] for i in range(len(rows))], 1)),
         norm=qr.distinct(norm, 1),
         eps=qr.distinct(inexact * reach * num.NORM_SLACK + evaluated, 1),
         eps_original=qr.distinct(plain.error * (d**-0.5 * num.NORM_SLACK) + tensor, 1),

@@ -14,30 +14,32 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import mosaic as mg
 from pallas_kernels.attend.tiles import FINEST
 from pallas_kernels.mosaic import SUMS, TILE
-from pallas_kernels.query import PARTS, distinct, folded, together
+from pallas_kernels.query import HALF_FINE, LOW_UNIT, PARTS, SHIFT, UNIT, distinct, folded, together
 
 AHEAD = 3
 """Tiles of coarse values on their way into shared memory."""
 
 
-def attend_tiles(meta, levels, weights, q_parts, q_halves, coefficients, keys, keys_low, key_scale, values, values_low,
-                 value_scale, nu, *, splits: int, interpret=False):  # fmt: skip
+def attend_tiles(layer, levels, weights, q, keys, keys_low, key_scale, values, values_low, value_scale, nu, *,
+                 splits: int, interpret=False):  # fmt: skip
     n_layers, heads, n, d = keys.shape
-    n_tiles, columns, half_d = n // TILE, q_parts.shape[2], d // 2
+    n_tiles, columns, half_d = n // TILE, q.parts.shape[2], d // 2
     levels = mg.rows_of_flags(levels)
 
-    def kernel(meta_ref, levels_ref, w_ref, q_ref, qq_ref, co_ref, *refs):
+    def kernel(layer_ref, levels_ref, w_ref, q_ref, wide_ref, numbers_ref, *refs):
         (k_ref, low_ref, ks_ref, v_ref, v_low_ref, vs_ref, nu_ref), (acc_ref, stats_ref), scratch = (
             refs[:7], refs[7:9], refs[9:],
         )  # fmt: skip
-        flags, co, order, stats, out, barrier, ready, ready_fine, v, w, *scratch = scratch
+        flags, numbers, order, stats, out, barrier, ready, ready_fine, v, w, *scratch = scratch
         k, k_low, ks, v_low, vs, share, *scratch = scratch
         queries, halves = scratch[:PARTS], scratch[PARTS:]
         h, split = lax.axis_index("h"), lax.axis_index("s")
-        layer = meta_ref[h, 0]
+        layer = layer_ref[0]
         loads = (
-            (levels_ref.at[h], flags), (co_ref.at[h], co), *((q_ref.at[h, i], q) for i, q in enumerate(queries)),
-            *((qq_ref.at[h, i], q) for i, q in enumerate(halves)),
+            (levels_ref.at[h], flags), (numbers_ref.at[h], numbers),
+            *((q_ref.at[h, i], q) for i, q in enumerate(queries)),
+            # Each part cut in the middle of its channels, as the fields of a key's lower plane are.
+            *((wide_ref.at[h, i // 2, :, pl.ds(i % 2 * half_d, half_d)], q) for i, q in enumerate(halves)),
         )  # fmt: skip
         for source, target in loads:
             plgpu.copy_gmem_to_smem(source, target, barrier)
@@ -69,7 +71,7 @@ def attend_tiles(meta, levels, weights, q_parts, q_halves, coefficients, keys, k
 
         # Tiles at the finest level: both planes of keys and values.
         count_fine = mg.list_chosen(flags, FINEST, order, split, splits)
-        unit, low_unit, half, shift = (mg.over_rows(co[i], TILE) for i in range(4))
+        unit, low_unit, half, shift = (mg.over_rows(numbers[i], TILE) for i in (UNIT, LOW_UNIT, HALF_FINE, SHIFT))
 
         def visit_fine(i, carry):
             acc, acc_low = carry
@@ -122,7 +124,7 @@ def attend_tiles(meta, levels, weights, q_parts, q_halves, coefficients, keys, k
         compiler_params=mg.PARAMS,
         scratch_types=[
             plgpu.SMEM(levels.shape[1:], jnp.int32),
-            plgpu.SMEM((4, columns), f32),
+            plgpu.SMEM(q.numbers.shape[1:], f32),
             plgpu.SMEM((-(-levels.shape[1] * levels.shape[2] // splits),), jnp.int32),
             plgpu.SMEM((SUMS, columns), f32),
             plgpu.SMEM((d, columns), f32),
@@ -143,7 +145,7 @@ def attend_tiles(meta, levels, weights, q_parts, q_halves, coefficients, keys, k
         interpret=interpret,
     )
     acc, stats = run(
-        meta, levels, weights, q_parts, q_halves, coefficients, keys, keys_low, key_scale, values, values_low,
-        value_scale, nu,
+        layer, levels, weights, q.parts, q.wide, q.numbers, keys, keys_low, key_scale, values, values_low, value_scale,
+        nu,
     )  # fmt: skip
     return folded(acc), distinct(stats, 3)

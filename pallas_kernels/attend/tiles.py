@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.query import distinct, folded, together
+from pallas_kernels.query import HALF_FINE, LOW_UNIT, SHIFT, UNIT, Operands, distinct, folded, together
 
 TILE = 128
 FINEST = 2
@@ -23,12 +23,10 @@ def signed_fields(packed: jax.Array, width: int) -> jax.Array:
 
 
 def attend_tiles(
-    meta: jax.Array,  # [H, 4] int32
+    layer: jax.Array,  # [1] int32
     levels: jax.Array,  # [H, NT] int32: 1 for values at their coarsest, FINEST for keys and values at their finest
     weights: jax.Array,  # [H, NT, C, 128] bfloat16, of `scan_tiles`
-    q_parts: jax.Array,  # [H, 3, C, d] int8
-    q_halves: jax.Array,  # [H, 6, C, d/2] bfloat16
-    coefficients: jax.Array,  # [H, 4, C] float32: unit, low unit, half, shift
+    q: Operands,
     keys: jax.Array,  # [L, H, N, d] int8
     keys_low: jax.Array,  # [L, H, N, d/2] int8
     key_scale: jax.Array,  # [L, H, N] bfloat16
@@ -46,16 +44,16 @@ def attend_tiles(
     of a head. And per tile at level `FINEST` the sums of `scan_tiles`: [H, NT, 4, G] (of other tiles: 0; in the kernel:
     anything).
     """
-    layer, heads = meta[0, 0], keys.shape[1]
+    heads = keys.shape[1]
     k, k_low, ks, v, v_low, vs, share = (
-        jnp.take(x, layer, 0) for x in (keys, keys_low, key_scale, values, values_low, value_scale, nu)
+        jnp.take(x, layer[0], 0) for x in (keys, keys_low, key_scale, values, values_low, value_scale, nu)
     )
-    dot = together(jnp.einsum("hnd,hpcd->phnc", k.astype(jnp.int32), distinct(q_parts, 2).astype(jnp.int32)))
-    halves = distinct(q_halves, 2).astype(jnp.float32)
-    q = jnp.concatenate([halves[:, ::2], halves[:, 1::2]], -1)  # [H, 3, G, d]
-    low = together(jnp.einsum("hnd,hpcd->phnc", 16 * signed_fields(k_low, 4), q, precision="highest"))
-    unit, low_unit, half, shift = (distinct(coefficients, 2)[:, None, i] for i in range(4))
-    w = jnp.exp2((dot * unit + low * low_unit + half) * ks.astype(jnp.float32)[..., None] + shift)  # [H, N, G]
+    parts = distinct(q.parts, 2)
+    dot = together(jnp.einsum("hnd,hpcd->phnc", k.astype(jnp.int32), parts.astype(jnp.int32)))
+    product = functools.partial(jnp.einsum, "hnd,hpcd->phnc", precision="highest")
+    low = together(product(16 * signed_fields(k_low, 4), parts.astype(jnp.float32)))
+    x = dot * q.row(UNIT) + low * q.row(LOW_UNIT) + q.row(HALF_FINE)
+    w = jnp.exp2(x * ks.astype(jnp.float32)[..., None] + q.row(SHIFT))  # [H, N, G]
     w = jnp.where(jnp.repeat(levels, TILE, axis=1)[..., None] == FINEST, w, 0.0)
     fine = w * vs.astype(jnp.float32)[..., None]
     stats = jnp.stack([w, w * share.astype(jnp.float32)[..., None], w * w, fine], 2)

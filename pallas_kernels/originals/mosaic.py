@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic as mg
 from pallas_kernels.mosaic import TILE
-from pallas_kernels.query import PARTS, distinct, folded, together
+from pallas_kernels.query import PARTS, SHIFT_EXACT, UNIT_EXACT, distinct, folded, together
 
 LOWEST = -1e30
 """Score of what is not attended to."""
@@ -56,6 +56,13 @@ def scratch_of_a_tile(d: int, columns: int) -> list:
     return [*[mg.tile_ref((TILE, d), jnp.bfloat16)] * 2, mg.weights_ref(columns)]
 
 
+def load_exact_queries(h, q_ref, numbers_ref, queries, numbers, barrier) -> None:
+    """Start `PARTS + 1` copies: the parts of the queries as they are, and the numbers."""
+    for i, q in enumerate(queries):
+        plgpu.copy_gmem_to_smem(q_ref.at[h, PARTS + i], q, barrier)
+    plgpu.copy_gmem_to_smem(numbers_ref.at[h], numbers, barrier)
+
+
 def nothing(d: int, columns: int):
     zero = jnp.zeros((columns,), jnp.float32)
     return jnp.zeros((d, columns), jnp.float32), zero, zero, zero, jnp.full((columns,), LOWEST, jnp.float32)
@@ -71,23 +78,22 @@ def store_result(carry, out, sums, out_ref, sums_ref) -> None:
     plgpu.copy_smem_to_gmem(sums, sums_ref)
 
 
-def attend_originals(meta, chosen, q_parts, coefficients, keys, values, *, splits: int, interpret=False):
+def attend_originals(layer, meta, chosen, q, keys, values, *, splits: int, interpret=False):
     n_layers, heads, n, d = keys.shape
-    columns = q_parts.shape[2]
+    columns = q.parts.shape[2]
     chosen = mg.rows_of_flags(chosen)
 
-    def kernel(meta_ref, chosen_ref, q_ref, co_ref, k_ref, v_ref, acc_ref, sums_ref, *scratch):
-        flags, co, order, out, sums, barrier, *rest = scratch
+    def kernel(layer_ref, meta_ref, chosen_ref, q_ref, numbers_ref, k_ref, v_ref, acc_ref, sums_ref, *scratch):
+        flags, numbers, order, out, sums, barrier, *rest = scratch
         queries, buffers = rest[:PARTS], rest[PARTS:]
         h, split = lax.axis_index("h"), lax.axis_index("s")
-        layer, length = meta_ref[h, 0], meta_ref[h, 3]
-        loads = ((chosen_ref.at[h], flags), (co_ref.at[h], co), *((q_ref.at[h, i], q) for i, q in enumerate(queries)))
-        for source, target in loads:
-            plgpu.copy_gmem_to_smem(source, target, barrier)
+        layer, length = layer_ref[0], meta_ref[h, 2]
+        plgpu.copy_gmem_to_smem(chosen_ref.at[h], flags, barrier)
+        load_exact_queries(h, q_ref, numbers_ref, queries, numbers, barrier)
         plgpu.barrier_wait(barrier)
 
         count = mg.list_chosen(flags, 1, order, split, splits)
-        unit, shift = (mg.over_rows(co[i], TILE) for i in range(2))
+        unit, shift = (mg.over_rows(numbers[i], TILE) for i in (UNIT_EXACT, SHIFT_EXACT))
 
         def visit(i, carry):
             start = order[i] * TILE
@@ -113,7 +119,7 @@ def attend_originals(meta, chosen, q_parts, coefficients, keys, values, *, split
         compiler_params=mg.PARAMS,
         scratch_types=[
             plgpu.SMEM(chosen.shape[1:], jnp.int32),
-            plgpu.SMEM((2, columns), f32),
+            plgpu.SMEM(q.numbers.shape[1:], f32),
             plgpu.SMEM((-(-chosen.shape[1] * chosen.shape[2] // splits),), jnp.int32),
             plgpu.SMEM((d, columns), f32),
             plgpu.SMEM((4, columns), f32),
@@ -123,5 +129,5 @@ def attend_originals(meta, chosen, q_parts, coefficients, keys, values, *, split
         ],
         interpret=interpret,
     )
-    acc, sums = run(meta, chosen, q_parts, coefficients, keys, values)
+    acc, sums = run(layer, meta, chosen, q.wide, q.numbers, keys, values)
     return folded(acc), distinct(sums, 3)

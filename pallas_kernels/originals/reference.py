@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.query import distinct, together
+from pallas_kernels.query import PARTS, SHIFT_EXACT, UNIT_EXACT, Operands, distinct, together
 
 TILE = 128
 LOWEST = -1e30
@@ -16,17 +16,16 @@ def attend_tile_of_originals(
     keys: jax.Array,  # [H, 128, d]
     values: jax.Array,  # [H, 128, d]
     live: jax.Array,  # [H] int32, tokens to attend to, the first ones
-    q_parts: jax.Array,  # [H, 3, C, d]
-    coefficients: jax.Array,  # [H, 2, C] float32: unit, shift
+    q: Operands,
 ) -> tuple[jax.Array, jax.Array]:
     """`sum w v` [H, d, G], and [H, 4, G], of the G = C/2 first columns: `sum w`, the squares of the longest key and of
     the longest value (of all tokens of a tile that has a live one; what is not live must be finite), and the largest
     score x, with `w_t = 2^(x_t - x)`."""
     seen = (jnp.arange(TILE) < live[:, None])[..., None]
     k, v = keys.astype(jnp.float32), values.astype(jnp.float32)
-    q, coefficients = distinct(q_parts, 2).astype(jnp.float32), distinct(coefficients, 2)
-    dot = together(jnp.einsum("htd,hpcd->phtc", k, q, precision="highest"))
-    x = jnp.where(seen, dot * coefficients[:, None, 0] + coefficients[:, None, 1], LOWEST)
+    parts = distinct(q.wide[:, PARTS:], 2).astype(jnp.float32)
+    dot = together(jnp.einsum("htd,hpcd->phtc", k, parts, precision="highest"))
+    x = jnp.where(seen, dot * q.row(UNIT_EXACT) + q.row(SHIFT_EXACT), LOWEST)
     peak = x.max(1)
     w = jnp.where(seen, jnp.exp2(x - peak[:, None]), 0.0)
     acc = jnp.einsum("htd,htc->hdc", v, w, precision="highest")
@@ -37,10 +36,10 @@ def attend_tile_of_originals(
 
 
 def attend_originals(
-    meta: jax.Array,  # [H, 4] int32
+    layer: jax.Array,  # [1] int32
+    meta: jax.Array,  # [H, 3] int32
     chosen: jax.Array,  # [H, NT or more] int32, 1 where a tile is read
-    q_parts: jax.Array,  # [H, 3, C, d] bfloat16
-    coefficients: jax.Array,  # [H, 2, C] float32: unit, shift
+    q: Operands,
     keys: jax.Array,  # [L, H, N, d] bfloat16, in host memory or on the device
     values: jax.Array,  # [L, H, N, d] bfloat16
     *,
@@ -49,14 +48,14 @@ def attend_originals(
     """As `attend_tile_of_originals`, of the chosen tiles: [H, S, d, G], [H, S, 4, G], in S = `splits` parts, programs
     that share the tiles of a head."""
     heads, n, d = keys.shape[1:]
-    layer, length = meta[0, 0], meta[:, 3]
-    k, v = (_on_device(x, layer).reshape(heads, -1, TILE, d).swapaxes(0, 1) for x in (keys, values))
+    length = meta[:, 2]
+    k, v = (_on_device(x, layer[0]).reshape(heads, -1, TILE, d).swapaxes(0, 1) for x in (keys, values))
     start = jnp.arange(n // TILE) * TILE
     flags = chosen[:, : n // TILE].T  # [NT, H]
 
     def tile(x):
         k, v, start, flag = x
-        return attend_tile_of_originals(k, v, jnp.where(flag > 0, length - start, 0), q_parts, coefficients)
+        return attend_tile_of_originals(k, v, jnp.where(flag > 0, length - start, 0), q)
 
     acc, sums = jax.lax.map(tile, (k, v, start, flags))  # [NT, H, d, G], [NT, H, 4, G]
     pad = -acc.shape[0] % splits

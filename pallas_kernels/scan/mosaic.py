@@ -13,34 +13,40 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic as mg
 from pallas_kernels.mosaic import SUMS, TILE
-from pallas_kernels.originals.mosaic import attend_original_tile, nothing, scratch_of_a_tile, store_result
-from pallas_kernels.query import PARTS, distinct, folded
+from pallas_kernels.originals.mosaic import (
+    attend_original_tile,
+    load_exact_queries,
+    nothing,
+    scratch_of_a_tile,
+    store_result,
+)
+from pallas_kernels.query import HALF, PARTS, SHIFT, SHIFT_EXACT, UNIT, UNIT_EXACT, distinct, folded
 
 STAGES = 4
 """Tiles of keys on their way into shared memory."""
 
 
-def scan_tiles(meta, q_parts, coefficients, keys, key_scale, value_scale, nu, live, q_plain, window_coefficients,
-               windows, *, splits: int, interpret=False):  # fmt: skip
+def scan_tiles(layer, meta, q, keys, key_scale, value_scale, nu, live, windows, *, splits: int, interpret=False):
     n_layers, heads, n, d = keys.shape
-    n_tiles, columns = n // TILE, q_parts.shape[2]
+    n_tiles, columns = n // TILE, q.parts.shape[2]
+    numbers_shape = plgpu.SMEM(q.numbers.shape[1:], jnp.float32)
     most = -(-n_tiles // splits)
     places = [(i, j) for i in range(len(windows) // 2) for j in range(windows[2 * i].shape[2] // TILE)]
 
-    def kernel(meta_ref, q_ref, co_ref, k_ref, ks_ref, vs_ref, nu_ref, live_ref, qp_ref, wco_ref, *refs):
+    def kernel(layer_ref, meta_ref, q_ref, wide_ref, numbers_ref, k_ref, ks_ref, vs_ref, nu_ref, live_ref, *refs):
         window_refs, (stats_ref, weights_ref, acc_ref, sums_ref) = refs[: len(windows)], refs[len(windows) :]
         h, split = lax.axis_index("h"), lax.axis_index("s")
-        layer, first, end = meta_ref[h, 0], meta_ref[h, 1], meta_ref[h, 2]
+        layer, first, end = layer_ref[0], meta_ref[h, 0], meta_ref[h, 1]
 
-        def stream(co, stats, weights, barrier, *queries):
-            plgpu.copy_gmem_to_smem(co_ref.at[h], co, barrier)
+        def stream(numbers, stats, weights, barrier, *queries):
+            plgpu.copy_gmem_to_smem(numbers_ref.at[h], numbers, barrier)
             for i, q in enumerate(queries):
                 plgpu.copy_gmem_to_smem(q_ref.at[h, i], q, barrier)
             per = (end - first + splits - 1) // splits
             start = first + split * per
             steps = jnp.maximum(jnp.minimum(per, end - start), 0)
             plgpu.barrier_wait(barrier)
-            unit, half, shift = (mg.over_rows(co[i], TILE) for i in range(3))
+            unit, half, shift = (mg.over_rows(numbers[i], TILE) for i in (UNIT, HALF, SHIFT))
 
             def visit(index, k, ks, vs, nu):
                 w = jnp.exp2(mg.times(mg.integer_dot(k, queries) * unit + half, ks) + shift)
@@ -70,7 +76,7 @@ def scan_tiles(meta, q_parts, coefficients, keys, key_scale, value_scale, nu, li
         def _():
             pl.run_scoped(
                 stream,
-                plgpu.SMEM((3, columns), jnp.float32),
+                numbers_shape,
                 plgpu.SMEM((2, SUMS, columns), jnp.float32),
                 mg.weights_ref(columns, 2),
                 plgpu.Barrier(num_arrivals=1 + PARTS),
@@ -78,13 +84,11 @@ def scan_tiles(meta, q_parts, coefficients, keys, key_scale, value_scale, nu, li
             )
 
         def window(place, index):
-            def attend(co, out, sums, barrier, *scratch):
+            def attend(numbers, out, sums, barrier, *scratch):
                 queries, buffers = scratch[:PARTS], scratch[PARTS:]
-                plgpu.copy_gmem_to_smem(wco_ref.at[h], co, barrier)
-                for i, q in enumerate(queries):
-                    plgpu.copy_gmem_to_smem(qp_ref.at[h, i], q, barrier)
+                load_exact_queries(h, wide_ref, numbers_ref, queries, numbers, barrier)
                 plgpu.barrier_wait(barrier)
-                unit, shift = (mg.over_rows(co[i], TILE) for i in range(2))
+                unit, shift = (mg.over_rows(numbers[i], TILE) for i in (UNIT_EXACT, SHIFT_EXACT))
                 which, tile = place
                 k, v = (ref.at[layer, h, pl.ds(tile * TILE, TILE)] for ref in window_refs[2 * which : 2 * which + 2])
                 carry = attend_original_tile(
@@ -95,7 +99,7 @@ def scan_tiles(meta, q_parts, coefficients, keys, key_scale, value_scale, nu, li
 
             pl.run_scoped(
                 attend,
-                plgpu.SMEM((2, columns), jnp.float32),
+                numbers_shape,
                 plgpu.SMEM((d, columns), jnp.float32),
                 plgpu.SMEM((4, columns), jnp.float32),
                 plgpu.Barrier(num_arrivals=1 + PARTS),
@@ -121,6 +125,6 @@ def scan_tiles(meta, q_parts, coefficients, keys, key_scale, value_scale, nu, li
         interpret=interpret,
     )
     stats, weights, acc, sums = run(
-        meta, q_parts, coefficients, keys, key_scale, value_scale, nu, live, q_plain, window_coefficients, *windows
+        layer, meta, q.parts, q.wide, q.numbers, keys, key_scale, value_scale, nu, live, *windows
     )
     return distinct(stats, 3), weights, folded(acc), distinct(sums, 3)

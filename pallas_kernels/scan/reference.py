@@ -6,27 +6,25 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.originals.reference import attend_tile_of_originals
-from pallas_kernels.query import distinct, in_two_halves, together
+from pallas_kernels.query import HALF, SHIFT, UNIT, Operands, distinct, in_two_halves, together
 
 TILE = 128
 
 
 def scan_tiles(
-    meta: jax.Array,  # [H, 4] int32: layer, first tile and end of those read from tier 1, length
-    q_parts: jax.Array,  # [H, 3, C, d] int8
-    coefficients: jax.Array,  # [H, 3, C] float32: unit, half, shift
+    layer: jax.Array,  # [1] int32
+    meta: jax.Array,  # [H, 3] int32: first tile and end of those read from tier 1, length
+    q: Operands,
     keys: jax.Array,  # [L, H, N, d] int8
     key_scale: jax.Array,  # [L, H, N] bfloat16
     value_scale: jax.Array,  # [L, H, N] bfloat16
     nu: jax.Array,  # [L, H, N] uint8, shares of the tile's peak
     live: jax.Array,  # [H, W] int32, tokens that each window tile holds, its first ones
-    q_plain: jax.Array,  # [H, 3, C, d] bfloat16
-    window_coefficients: jax.Array,  # [H, 2, C] float32: unit, shift
     windows: tuple[jax.Array, ...],  # keys, values, keys, values ...: [L, H, n 128, d] bfloat16, W tiles in all
     *,
     splits: int = 1,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Weights `w = 2^(scale (unit q.k + half) + shift)` of every token, summed over tiles.
+    """Weights `w = 2^x` of every token, `x` its score, summed over tiles.
 
     Queries come with C = 2 G columns, the second half repeating the first; results are of the G.
 
@@ -42,12 +40,12 @@ def scan_tiles(
 
     `splits` is the kernel's: how many programs share the keys of a head.
     """
-    layer, first, end = meta[0, 0], meta[:, 1], meta[:, 2]
-    k, ks, vs, share = (jnp.take(x, layer, 0) for x in (keys, key_scale, value_scale, nu))
-    q = distinct(q_parts, 2).astype(jnp.int32)
-    dot = together(jnp.einsum("hnd,hpcd->phnc", k.astype(jnp.int32), q))
-    unit, half, shift = (distinct(coefficients, 2)[:, None, i] for i in range(3))  # [H, 1, G]
-    w = jnp.exp2((dot * unit + half) * ks.astype(jnp.float32)[..., None] + shift)  # [H, N, G]
+    first, end = meta[:, 0], meta[:, 1]
+    k, ks, vs, share = (jnp.take(x, layer[0], 0) for x in (keys, key_scale, value_scale, nu))
+    parts = distinct(q.parts, 2).astype(jnp.int32)
+    dot = together(jnp.einsum("hnd,hpcd->phnc", k.astype(jnp.int32), parts))
+    x = (dot * q.row(UNIT) + q.row(HALF)) * ks.astype(jnp.float32)[..., None] + q.row(SHIFT)
+    w = jnp.exp2(x)  # [H, N, G]
     weighted = w * vs.astype(jnp.float32)[..., None]
     stats = jnp.stack([w, w * share.astype(jnp.float32)[..., None], w * w, weighted], 2)
     heads, n, _, columns = stats.shape
@@ -56,11 +54,11 @@ def scan_tiles(
     read = (tile >= first[:, None]) & (tile < end[:, None])
     stats = jnp.where(read[..., None, None], stats, 0.0)
     weights = in_two_halves(weighted).reshape(heads, n // TILE, TILE, 2 * columns).swapaxes(2, 3)
-    parts = []
+    found = []
     for keys, values in zip(windows[::2], windows[1::2], strict=True):
         for tile in range(keys.shape[2] // TILE):
             cut = slice(tile * TILE, tile * TILE + TILE)
-            k, v = (jnp.take(x, layer, 0)[:, cut] for x in (keys, values))
-            parts.append(attend_tile_of_originals(k, v, live[:, len(parts)], q_plain, window_coefficients))
-    acc, sums = (jnp.stack(x, 1) for x in zip(*parts, strict=True))
+            k, v = (jnp.take(x, layer[0], 0)[:, cut] for x in (keys, values))
+            found.append(attend_tile_of_originals(k, v, live[:, len(found)], q))
+    acc, sums = (jnp.stack(x, 1) for x in zip(*found, strict=True))
     return stats, weights, acc, sums
