@@ -191,7 +191,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for column in ("context", "task", "mode"):
         table.add_column(column, no_wrap=column != "mode")
-    for column in ("samples", "score", "bound\nmean", "\nmax", "dense\nsteps", "s a\nsample"):
+    for column in ("samples", "score", "bound before\nfallback: mean", "\nmax", "dense\nsteps", "s a\nsample"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         quality = f"ppl {row['perplexity']:.4f}" if "perplexity" in row else f"{row['score']:.3f}"
