@@ -17,7 +17,6 @@ from certjax import (
     Model,
     Policy,
     TieredKVCache,
-    certified_attention,
     generate,
     pick_backend,
 )
@@ -27,6 +26,9 @@ from certjax.cli import main
 from certjax.fused.ladder import allotted, heads_to_give_up
 from certjax.models.llama.modeling import init_params
 from tests.oracle import exact_error
+from tests.problems import certify, certify_at
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 B, H, G, N, D = 2, 2, 4, 1024, 64
 LENGTHS = jnp.array([1000, 640])
@@ -46,9 +48,6 @@ def originals():
 @functools.partial(jax.jit, static_argnames="policy")
 def build(keys, values, policy):
     return TieredKVCache.from_prefill(keys, values, policy, lengths=LENGTHS, capacity=N)
-
-
-certify = jax.jit(certified_attention, static_argnames="policy")
 
 
 def cache_of(policy=POLICY):
@@ -73,8 +72,9 @@ def test_choice_of_back_end_is_explained_and_can_be_overridden():
     ],
 )
 def test_back_end_that_does_not_cover_the_policy_is_refused(policy, words):
+    cache = jax.eval_shape(functools.partial(build, policy=policy), *originals()[1:])
     with pytest.raises(InvalidArgumentError, match=words):
-        pick_backend(policy, cache_of(policy), H * G)
+        pick_backend(policy, cache, H * G)
 
 
 @pytest.mark.skipif(jax.devices()[0].platform == "gpu", reason="the message of a machine without a GPU")
@@ -91,12 +91,11 @@ def test_unknown_back_end_is_refused():
 @pytest.mark.parametrize("tolerance", [0.002, 0.05, 0.5])
 def test_bounds_hold_and_reading_falls_with_the_tolerance(tolerance):
     q, k, v = originals()
-    policy = dataclasses.replace(POLICY, tolerance=tolerance)
-    out, record = jax.device_get(certify(q, cache_of(), policy))
+    out, record = jax.device_get(certify_at(tolerance, q, cache_of(), POLICY))
     assert (exact_error(out, q, k, v, LENGTHS) <= record.e_total).all()
     assert ((record.e_total <= record.tolerance) | (record.rung >= 3)).all()
     assert record.canary_ok.all() and record.precondition_ok.all()
-    tight = jax.device_get(certify(q, cache_of(), dataclasses.replace(POLICY, tolerance=tolerance / 4))[1])
+    tight = jax.device_get(certify_at(tolerance / 4, q, cache_of(), POLICY)[1])
     used, more = (r.bytes_read.sum() + 8 * r.bytes_paged_in.sum() for r in (record, tight))
     assert used <= more
     assert record.rung.max() >= 2 if tolerance == 0.002 else record.rung.max() < 3
