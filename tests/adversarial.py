@@ -133,7 +133,6 @@ CORE = {
     "paper_planes": ("bfloat16",),
     "budget": ("bfloat16",),
     "planes": ("float16",),
-    "planes_fine": ("bfloat16",),
     "planes_whole": ("float16", "bfloat16"),
     "fp8": ("float16",),
     "kivi_int2": ("bfloat16",),

@@ -1,5 +1,6 @@
 """Shared fixtures. Hypothesis runs derandomized, so that a run of the suite is a run anybody can repeat."""
 
+import gc
 from pathlib import Path
 
 import jax
@@ -15,6 +16,11 @@ settings.load_profile("certjax")
 # flags and version).
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+# What is imported stays; tracing makes many small objects, and a tenth of its time would go into looking for garbage.
+gc.freeze()
+gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(scope="module")

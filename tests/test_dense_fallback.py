@@ -19,7 +19,7 @@ from tests.problems import certify
         (1, 1, 1, 48, 16),
         pytest.param((1, 3, 3, 2304, 64), marks=pytest.mark.smoke),
         (3, 4, 2, 1040, 80),
-        (2, 2, 4, 512, 128),
+        pytest.param((2, 2, 4, 512, 128), marks=pytest.mark.long),
     ],
 )
 def test_dense_fallback_equals_the_dense_mode_to_the_bit(shape):

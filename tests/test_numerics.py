@@ -27,7 +27,7 @@ def test_round_up_passes_non_finite_values_through(value):
 
 
 @given(
-    st.integers(1, 300),
+    st.sampled_from([1, 2, 3, 17, 64, 80, 128, 299]),  # each is compiled
     st.integers(0, 2**31),
     st.sampled_from([1e-30, 1e-12, 1.0, 1e10, 1e30, 1e37]),
 )
