@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from certjax import Policy, TieredKVCache
 from certjax.bench.attention import SHAPE
 from certjax.fused.attention import fused_attention, fused_naive
+from certjax.fused.operands import shared
 from pallas_kernels.dispatch import mosaic_kernels
 
 NO_KERNEL = ("parameter", "get-tuple-element", "bitcast", "tuple", "constant")
@@ -39,14 +40,16 @@ def main() -> None:
     q = jax.ShapeDtypeStruct((1, heads, group, d), jnp.float32)
     kernels = mosaic_kernels(heads)
     functions = {
-        "certified": lambda q, c, layer: fused_attention(q, c, layer, policy, kernels, jnp.ones(1, bool)),
-        "naive": lambda q, c, layer: (fused_naive(q, c, layer, policy, kernels), None),
+        "certified": lambda q, c, *x: _packed(*fused_attention(q, c, x[0], policy, kernels, jnp.ones(1, bool), x[1])),
+        "naive": lambda q, c, *x: (fused_naive(q, c, x[0], policy, kernels, x[1]), None),
     }
     for name, f in functions.items():
 
         def step(q, cache, f=f):
+            common = shared(cache)
+
             def visit(q, layer):
-                out, record = f(q, cache, layer)
+                out, record = f(q, cache, layer, common)
                 return q + out, record
 
             return jax.lax.scan(visit, q, jnp.arange(LAYERS))
@@ -59,6 +62,10 @@ def main() -> None:
         if args.verbose:
             for operation, shape, _ in in_loop:
                 print("  ", operation, shape[:90])
+
+
+def _packed(out, certificate):
+    return out, certificate.packed()
 
 
 def kernels_of(text: str, start: str) -> list[tuple[str, str, str]]:

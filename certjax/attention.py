@@ -19,6 +19,7 @@ from certjax.costs import read_costs
 from certjax.errors import InvalidArgumentError
 from certjax.fused.attention import fused_attention, fused_naive
 from certjax.fused.dispatch import FUSED, kernels_of, pick_backend
+from certjax.fused.operands import Shared, shared
 from certjax.policy import Policy
 from pallas_kernels import numerics as num
 from pallas_kernels.attend.reference import block_log_mass
@@ -72,10 +73,16 @@ def certified_attention(
     return _flat(out), _flat_record(certificate)
 
 
+def common_to_layers(cache: TieredKVCache, policy: Policy, n_query_heads: int) -> Shared | None:
+    """What the layers of a step have in common, where the kernels are fused: computed once a step."""
+    return shared(cache) if pick_backend(policy, cache, n_query_heads) in FUSED else None
+
+
 def certified_layer(
-    q: jax.Array, cache: TieredKVCache, layer: jax.Array, policy: Policy
+    q: jax.Array, cache: TieredKVCache, layer: jax.Array, policy: Policy, common: Shared | None = None
 ) -> tuple[jax.Array, Certificate]:
-    """`certified_attention` for layer `layer` of a stacked cache, as a decode loop calls it.
+    """`certified_attention` for layer `layer` of a stacked cache, as a decode loop calls it, with what is
+    `common_to_layers`.
 
     Fused kernels read the stack in place and take `cache.sound` for the outcome of the fingerprints, which `scrub`
     checks once a step for all layers.
@@ -86,17 +93,20 @@ def certified_layer(
     cache.require_tier2()
     groups = _grouped(q, cache)
     kernels = kernels_of(backend, groups.shape[0] * groups.shape[1])
-    out, certificate = fused_attention(groups, cache, layer, policy, kernels, cache.sound)
+    out, certificate = fused_attention(groups, cache, layer, policy, kernels, cache.sound, common)
     return _flat(out), _flat_record(certificate)
 
 
-def naive_layer(q: jax.Array, cache: TieredKVCache, layer: jax.Array, policy: Policy) -> jax.Array:
+def naive_layer(
+    q: jax.Array, cache: TieredKVCache, layer: jax.Array, policy: Policy, common: Shared | None = None
+) -> jax.Array:
     """`naive_attention` for layer `layer` of a stacked cache."""
     backend = pick_backend(policy, cache, q.shape[1])
     if backend not in FUSED:
         return naive_attention(q, cache.at(layer))
     groups = _grouped(q, cache)
-    return _flat(fused_naive(groups, cache, layer, policy, kernels_of(backend, groups.shape[0] * groups.shape[1])))
+    kernels = kernels_of(backend, groups.shape[0] * groups.shape[1])
+    return _flat(fused_naive(groups, cache, layer, policy, kernels, common))
 
 
 def naive_attention(q: jax.Array, cache: TieredKVCache) -> jax.Array:

@@ -85,6 +85,18 @@ class Certificate:
     bytes_paged_in: jax.Array
 
 
+    def packed(self) -> jax.Array:
+        """All leaves as one float32 array `[F, batch, Hq]`, so that a loop over layers stores one and not F. Counts
+        are exact up to 2^24."""
+        return jnp.stack([getattr(self, field.name).astype(jnp.float32) for field in dataclasses.fields(self)])
+
+    @classmethod
+    def unpacked(cls, packed: jax.Array) -> Certificate:
+        """From `packed` of every layer, `[L, F, batch, Hq]`: leaves `[L, batch, Hq]`."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: packed[:, i].astype(_dtype(name)) for i, name in enumerate(names)})
+
+
 _COUNTS = (
     "k_star", "n_value_promoted", "n_key_refined", "n_value_refined", "n_value_skipped", "rung",
 )  # fmt: skip
@@ -93,8 +105,9 @@ _COUNTS = (
 def empty_certificate(shape: tuple[int, ...]) -> Certificate:
     """A buffer for records: zeros of `shape` with the dtypes that `certified_attention` returns."""
 
-    def zeros(name: str) -> jax.Array:
-        dtype = jnp.int32 if name in _COUNTS else jnp.bool_ if name.endswith("_ok") else jnp.float32
-        return jnp.zeros(shape, dtype)
+    names = [field.name for field in dataclasses.fields(Certificate)]
+    return Certificate(**{name: jnp.zeros(shape, _dtype(name)) for name in names})
 
-    return Certificate(**{field.name: zeros(field.name) for field in dataclasses.fields(Certificate)})
+
+def _dtype(name: str):
+    return jnp.int32 if name in _COUNTS else jnp.bool_ if name.endswith("_ok") else jnp.float32

@@ -163,11 +163,12 @@ def step(
 ) -> tuple[jax.Array, DenseKVCache | TieredKVCache, Certificate | None]:
     """One token (`[b]` int32) of every sequence through the model: logits `[b, V]` of the next, the cache that holds
     it, certificates with leaves `[L, b, Hq]`."""
-    logits, cache, records = decode_step(config, params, cache, tokens, cache.length, make_plug(mode, policy))
+    plug = make_plug(mode, policy, cache, config.n_heads)
+    logits, cache, records = decode_step(config, params, cache, tokens, cache.length, plug)
     cache = cache.advance(1) if mode == "dense" else cache.advance()
     if mode == "certified" and policy.scrub and pick_backend(policy, cache, config.n_heads) in FUSED:
         cache = scrubbed(cache, policy.scrub)
-    return logits, cache, records
+    return logits, cache, None if records is None else Certificate.unpacked(records)
 
 
 @functools.partial(

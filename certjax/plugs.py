@@ -1,7 +1,8 @@
 """The attention a model decodes with: dense, naive or certified, behind one signature.
 
 A plug is `attend(q, k, v, cache, layer) -> (out, cache, record)`: it stores the token's key and value at
-`layer` of a stacked cache and attends to everything stored. `q`: [b, 1, Hq, d]; `k`, `v`: [b, 1, Hkv, d].
+`layer` of a stacked cache and attends to everything stored. `q`: [b, 1, Hq, d]; `k`, `v`: [b, 1, Hkv, d]. It is made
+for one step; its record is `Certificate.packed`, or None.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from certjax.attention import certified_layer, naive_layer
+from certjax.attention import certified_layer, common_to_layers, naive_layer
 from certjax.cache import TieredKVCache
 from certjax.dense_cache import DenseKVCache
 from certjax.errors import InvalidArgumentError
+from certjax.fused.operands import Shared
 from certjax.policy import Policy
 from pallas_kernels.dense.reference import dense_reference
 
@@ -25,8 +27,10 @@ MODES: tuple[str, ...] = ("dense", "naive", "certified")
 Plug = Callable[[jax.Array, jax.Array, jax.Array, Any, jax.Array], tuple[jax.Array, Any, Any]]
 
 
-def make_plug(mode: Mode, policy: Policy) -> Plug:
-    """The plug of a mode.
+def make_plug(mode: Mode, policy: Policy, cache: DenseKVCache | TieredKVCache, n_query_heads: int) -> Plug:
+    """The plug of a mode for the step that follows `cache`.
+
+    What the layers of a step have in common is computed here, outside the loop over them.
 
     Raises
     ------
@@ -35,10 +39,9 @@ def make_plug(mode: Mode, policy: Policy) -> Plug:
     """
     if mode == "dense":
         return _dense
-    if mode == "naive":
-        return functools.partial(_naive, policy=policy)
-    if mode == "certified":
-        return functools.partial(_certified, policy=policy)
+    if mode in ("naive", "certified"):
+        common = common_to_layers(cache.counting(), policy, n_query_heads)
+        return functools.partial(_naive if mode == "naive" else _certified, policy=policy, common=common)
     raise InvalidArgumentError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}.")
 
 
@@ -61,12 +64,12 @@ def _dense(q, k, v, cache: DenseKVCache, layer):
     return out.reshape(b, 1, n_heads, d), cache, None
 
 
-def _naive(q, k, v, cache: TieredKVCache, layer, *, policy: Policy):
+def _naive(q, k, v, cache: TieredKVCache, layer, *, policy: Policy, common: Shared | None):
     cache = cache.write(k[:, 0], v[:, 0], layer)
-    return naive_layer(q[:, 0], cache.counting(), layer, policy)[:, None], cache, None
+    return naive_layer(q[:, 0], cache.counting(), layer, policy, common)[:, None], cache, None
 
 
-def _certified(q, k, v, cache: TieredKVCache, layer, *, policy: Policy):
+def _certified(q, k, v, cache: TieredKVCache, layer, *, policy: Policy, common: Shared | None):
     cache = cache.write(k[:, 0], v[:, 0], layer)
-    out, certificate = certified_layer(q[:, 0], cache.counting(), layer, policy)
-    return out[:, None], cache, certificate
+    out, certificate = certified_layer(q[:, 0], cache.counting(), layer, policy, common)
+    return out[:, None], cache, certificate.packed()

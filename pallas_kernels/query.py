@@ -94,3 +94,13 @@ class Operands:
     def row(self, i: int) -> jax.Array:
         """A row of numbers, of the distinct columns, for every token: [H, 1, G]."""
         return distinct(self.numbers, 2)[:, None, i]
+
+
+def operands(turned: Fixed, plain: Fixed, rows: list[jax.Array]) -> Operands:
+    """Repeats the columns. `rows`: of `numbers`, [H, G] each."""
+    parts = [*jnp.unstack(turned.parts, axis=1), *jnp.unstack(plain.parts, axis=1)]  # [H, G, d]
+
+    def twice(x):
+        return jnp.stack([jnp.concatenate([y, y], 1) for y in x], 1)
+
+    return Operands(twice(parts[:PARTS]), twice(parts).astype(jnp.bfloat16), twice(rows))

@@ -33,7 +33,7 @@ def problem(d: int):
 
 def operands(d: int):
     cache, q = problem(d)
-    layer = ops.layer_of(cache, jnp.int32(1))
+    layer = ops.layer_of(cache, jnp.int32(1), ops.shared(cache))
     return cache, layer, ops.prepare(q.reshape(B * H, G, d), layer), q
 
 

@@ -11,13 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from certjax import decode
 from certjax.bench import timing, workloads
 from certjax.bench.attention import dense, dense_names
 from certjax.cache import TieredKVCache
-from certjax.checks import scrubbed
 from certjax.models.llama.config import LlamaConfig
 from certjax.models.llama.modeling import decode_step, init_params
-from certjax.plugs import make_plug
 from certjax.policy import Policy
 
 LLAMA_3_1_8B = LlamaConfig(
@@ -49,18 +48,16 @@ def run(config: LlamaConfig, policy: Policy, n: int, *, steps: int = 24, seed: i
     params = init_params(config, jax.random.key(seed))
     cache = jax.block_until_ready(_caches(config, policy, n, room, jax.random.key(seed + 1)))
     row: dict[str, Any] = {"context": n, "layers": config.n_layers}
-    plugs = {"without attention": _nothing, **{mode: make_plug(mode, policy) for mode in ("naive", "certified")}}
-    for name, plug in plugs.items():
+    for name in ("without attention", "naive", "certified"):
 
         @functools.partial(jax.jit, donate_argnums=0)
-        def many(cache, token, plug=plug, name=name):
+        def many(cache, token, name=name):
             def body(carry, _):
                 cache, token = carry
-                logits, cache, record = decode_step(config, params, cache, token, cache.length, plug)
-                if name != "without attention":
-                    cache = cache.advance()
-                if name == "certified":
-                    cache = scrubbed(cache, policy.scrub)
+                if name == "without attention":
+                    logits, cache, record = decode_step(config, params, cache, token, cache.length, _nothing)
+                else:
+                    logits, cache, record = decode.step(config, name, policy, params, cache, token)
                 kept = None if record is None else (record.rung, record.bytes_paged_in)
                 return (cache, jnp.argmax(logits, -1).astype(jnp.int32)), kept
 

@@ -23,7 +23,13 @@ from pallas_kernels.dispatch import Kernels
 
 
 def fused_attention(
-    q: jax.Array, cache: TieredKVCache, layer: jax.Array, policy: Policy, kernels: Kernels, sound: jax.Array
+    q: jax.Array,
+    cache: TieredKVCache,
+    layer: jax.Array,
+    policy: Policy,
+    kernels: Kernels,
+    sound: jax.Array,
+    common: ops.Shared | None = None,
 ) -> tuple[jax.Array, Certificate]:
     """As `certified_attention`, for one layer of a stacked cache.
 
@@ -37,8 +43,10 @@ def fused_attention(
         From `pallas_kernels.dispatch`.
     sound : `[b]` bool
         Outcome of the preconditions; a row that is not sound goes dense.
+    common
+        `shared(cache)`, where it has been computed for all layers.
     """
-    step = _Step(q, cache, layer, policy, kernels)
+    step = _Step(q, cache, layer, policy, kernels, common)
     scan = step.scan()
     plan = step.plan(scan)
     found = step.attend(scan, plan, promote=policy.tolerance is not None)
@@ -48,10 +56,15 @@ def fused_attention(
 
 
 def fused_naive(
-    q: jax.Array, cache: TieredKVCache, layer: jax.Array, policy: Policy, kernels: Kernels
+    q: jax.Array,
+    cache: TieredKVCache,
+    layer: jax.Array,
+    policy: Policy,
+    kernels: Kernels,
+    common: ops.Shared | None = None,
 ) -> jax.Array:
     """Tier 1 at its finest and the windows, nothing checked: `[b, Hkv, G, d]` float32."""
-    step = _Step(q, cache, layer, policy, kernels)
+    step = _Step(q, cache, layer, policy, kernels, common)
     found = step.attend(step.scan(only_windows=True), step.everything(), promote=False)
     return step.judge(found).out[:, : q.shape[2]].reshape(q.shape)
 
@@ -69,10 +82,12 @@ class _Step:
     index: jax.Array
     policy: Policy
     kernels: Kernels
+    common: ops.Shared | None
 
     def __post_init__(self):
         self.batch, self.n_heads, self.group, self.d = self.q.shape
-        self.layer = ops.layer_of(self.cache, self.index)
+        common = ops.shared(self.cache) if self.common is None else self.common
+        self.layer = ops.layer_of(self.cache, self.index, common)
         self.queries = ops.prepare(self.q.reshape(-1, self.group, self.d), self.layer)
         self.n_tiles = self.cache.n_blocks
 

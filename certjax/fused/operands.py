@@ -56,27 +56,25 @@ class Layer:
     meta: jax.Array  # [H, 3] int32: first and end of the active tiles, length
 
 
-def layer_of(cache: TieredKVCache, layer: jax.Array) -> Layer:
-    """`cache`: stacked, leaves `[L, b, Hkv, ...]`, with `length` the tokens to attend to.
+@struct.dataclass
+class Shared:
+    """What does not depend on the layer, or is a number a head, which XLA makes of all layers as fast as of one."""
 
-    What does not depend on the layer, or is a number a head, is written for all layers at once: XLA takes it out of the
-    loop over layers.
-    """
-    n_layers, b, n_heads = cache.ring_keys.shape[:3]
-    heads, size = b * n_heads, cache.block_size
+    active: jax.Array  # [H, NT] bool, tiles read from tier 1
+    live: jax.Array  # [H, W] int32, tokens in each window tile
+    meta: jax.Array  # [H, 3] int32: first and end of the active tiles, length
+    largest: jax.Array  # [L, 5, H] float32: of `Layer`, reach, nu_max, eta_max, key_centre_norm, value_centre_norm
 
-    def flat(x, drop=0):  # [L, b, Hkv, NB, ...] -> [L, H, ...], the next `drop` axes joined
-        rest = x.shape[3:]
-        joined = (math.prod(rest[: drop + 1]), *rest[drop + 1 :])
-        return x.reshape(n_layers, heads, *joined)
 
-    def here(x):  # [L, ...] -> this layer's
-        return jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
+def _by_head(x: jax.Array) -> jax.Array:
+    """`[L, b, Hkv, ...]` -> `[L, H, ...]` float32."""
+    return x.reshape(x.shape[0], -1, *x.shape[3:]).astype(jnp.float32)
 
-    def by_head(x):  # [L, b, Hkv, ...] -> [L, H, ...] float32
-        return x.reshape(n_layers, heads, *x.shape[3:]).astype(jnp.float32)
 
-    codes, notes, length = cache.codes, cache.notes, cache.length
+def shared(cache: TieredKVCache) -> Shared:
+    """`cache`: stacked, leaves `[L, b, Hkv, ...]`, with `length` the tokens to attend to."""
+    n_heads, size = cache.ring_keys.shape[2], cache.block_size
+    length, notes = cache.length, cache.notes
     last = (length - 1) // size
     first = cache.sink_keys.shape[-2] // size
     end = jnp.clip(last - cache.ring_blocks + 1, first, cache.n_blocks)
@@ -93,22 +91,38 @@ def layer_of(cache: TieredKVCache, layer: jax.Array) -> Layer:
 
     active = per_head(active)
     meta = jnp.stack([jnp.full_like(length, first), end, length], -1)
-    host = (None, None)
-    if cache.host_keys is not None:
-        host = tuple(x.reshape(n_layers, heads, *x.shape[3:]) for x in (cache.host_keys, cache.host_values))
-    kappa, eta, nu, k_norm = (by_head(x) for x in (notes.kappa.peak, notes.eta.peak, notes.nu.peak, notes.k_norm))
-    largest = rd.together(2, *((jnp.where(active, x, 0.0), rd.MAX) for x in (k_norm, nu, eta[..., 0])))  # [L, H]
-    centres = [by_head(x) for x in (cache.stats.key_centre, cache.stats.value_centre)]  # [L, H, d]
+    peaks = (_by_head(x) for x in (notes.k_norm, notes.nu.peak, notes.eta.peak[..., 0]))
+    largest = rd.together(2, *((jnp.where(active, x, 0.0), rd.MAX) for x in peaks))  # [L, H]
+    centres = (_by_head(x) for x in (cache.stats.key_centre, cache.stats.value_centre))  # [L, H, d]
     norms = [
         jnp.sqrt(x) * num.NORM_SLACK + cache.head_dim**0.5 * VANISHED for x in rd.sums(-1, *(x**2 for x in centres))
     ]
-    reach, nu_max, eta_max, *norms = here(jnp.stack([*largest, *norms], 1))
-    kappa, eta, nu, key_centre, value_centre = (here(x) for x in (kappa, eta, nu, *centres))
+    return Shared(
+        active=active,
+        live=per_head(jnp.concatenate([sink, ring], -1)).astype(jnp.int32),
+        meta=per_head(meta).astype(jnp.int32),
+        largest=jnp.stack([*largest, *norms], 1),
+    )
+
+
+def layer_of(cache: TieredKVCache, layer: jax.Array, common: Shared) -> Layer:
+    """`cache`: as for `shared`; `layer`: [] int32."""
+
+    def flat(x, drop=0):  # [L, b, Hkv, NB, ...] -> [L, H, ...], the next `drop` axes joined
+        rest = x.shape[3:]
+        return x.reshape(x.shape[0], -1, math.prod(rest[: drop + 1]), *rest[drop + 1 :])
+
+    def here(x):  # [L, b, Hkv, ...] -> this layer's [H, ...], float32
+        return _by_head(jax.lax.dynamic_slice_in_dim(x, layer, 1, 0))[0]
+
+    codes, notes = cache.codes, cache.notes
+    host = (None, None)
+    if cache.host_keys is not None:
+        host = tuple(x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (cache.host_keys, cache.host_values))
     windows = [
-        flat(x)
-        for x in (cache.sink_keys, cache.sink_values, cache.ring_keys, cache.ring_values)
-        if x.shape[-2]
+        flat(x) for x in (cache.sink_keys, cache.sink_values, cache.ring_keys, cache.ring_values) if x.shape[-2]
     ]
+    reach, nu_max, eta_max, *norms = jax.lax.dynamic_index_in_dim(common.largest, layer, 0, keepdims=False)
     return Layer(
         keys=flat(codes.k_planes[0], 1),
         keys_low=flat(codes.k_planes[1], 1),
@@ -120,22 +134,22 @@ def layer_of(cache: TieredKVCache, layer: jax.Array) -> Layer:
         windows=tuple(windows),
         host_keys=host[0],
         host_values=host[1],
-        kappa_peak=kappa,
-        eta_peak=eta,
-        nu_peak=nu,
-        sigma_k=here(by_head(notes.sigma_k)),
-        sigma_v=here(by_head(notes.sigma_v)),
+        kappa_peak=here(notes.kappa.peak),
+        eta_peak=here(notes.eta.peak),
+        nu_peak=here(notes.nu.peak),
+        sigma_k=here(notes.sigma_k),
+        sigma_v=here(notes.sigma_v),
         reach=reach,
         nu_max=nu_max,
         eta_max=eta_max,
-        key_centre=key_centre,
-        value_centre=value_centre,
         key_centre_norm=norms[0],
         value_centre_norm=norms[1],
-        active=active,
-        live=per_head(jnp.concatenate([sink, ring], -1)).astype(jnp.int32),
+        key_centre=here(cache.stats.key_centre),
+        value_centre=here(cache.stats.value_centre),
+        active=common.active,
+        live=common.live,
         index=layer.astype(jnp.int32)[None],
-        meta=per_head(meta).astype(jnp.int32),
+        meta=common.meta,
     )
 
 
@@ -196,9 +210,7 @@ def _turn(q: jax.Array, largest: jax.Array) -> jax.Array:
 def prepare(q: jax.Array, layer: Layer) -> Queries:
     """`q`: [H, G, d] float32, d a power of two."""
     d = q.shape[-1]
-    columns = qr.columns(q.shape[1])
-    q = jnp.pad(q, ((0, 0), (0, columns // 2 - q.shape[1]), (0, 0)))
-    q = jnp.concatenate([q, q], 1)
+    q = jnp.pad(q, ((0, 0), (0, qr.columns(q.shape[1]) // 2 - q.shape[1]), (0, 0)))
     largest, square, centre = rd.together(
         -1, (jnp.abs(q), rd.MAX), (q * q, rd.SUM), (q * layer.key_centre[:, None], rd.SUM)
     )
@@ -225,13 +237,12 @@ def prepare(q: jax.Array, layer: Layer) -> Queries:
         qr.UNIT: unit, qr.HALF: 8 * total, qr.SHIFT: shift, qr.LOW_UNIT: unit / 256, qr.HALF_FINE: 8.5 * total,
         qr.UNIT_EXACT: plain.scale * per_log, qr.SHIFT_EXACT: -reference * qr.LOG2_E,
     }  # fmt: skip
-    wide = jnp.concatenate([turned.parts, plain.parts], 1).astype(jnp.bfloat16)
     return Queries(
-        kernel=qr.Operands(turned.parts, wide, jnp.stack([rows[i] for i in range(len(rows))], 1)),
-        norm=qr.distinct(norm, 1),
-        eps=qr.distinct(inexact * reach * num.NORM_SLACK + evaluated, 1),
-        eps_original=qr.distinct(plain.error * (d**-0.5 * num.NORM_SLACK) + tensor, 1),
-        reference=qr.distinct(reference, 1),
+        kernel=qr.operands(turned, plain, [rows[i] for i in range(len(rows))]),
+        norm=norm,
+        eps=inexact * reach * num.NORM_SLACK + evaluated,
+        eps_original=plain.error * (d**-0.5 * num.NORM_SLACK) + tensor,
+        reference=reference,
     )
 
 

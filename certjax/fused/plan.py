@@ -66,19 +66,21 @@ def choose(
         terms = terms[..., :group] * scale
         return jnp.where(layer.active[..., None], no_nan(terms), 0.0)
 
-    def joint(x):  # [H, NT, G] -> [H, NT]; written out, so that it is no kernel of its own
+    def joint(x):  # [..., G] -> [...]; written out, so that it is no kernel of its own
         heads = [x[..., i] for i in range(group)]
         if policy.pooled:
             return jnp.sqrt(sum(y * y for y in heads) / group)
         return jnp.stack(heads).max(0)
 
     # Computed once, not once a price.
-    offers = lax.optimization_barrier([shares(level) for level in (SKIP, COARSE, FINEST)])
+    offers = lax.optimization_barrier(jnp.stack([shares(level) for level in (SKIP, COARSE, FINEST)]))
     fees = (0.0, COARSE_BYTES / FINEST_BYTES, 1.0)  # in tiles read at their finest
     host = policy.host_price * ORIGINAL_BYTES / FINEST_BYTES
 
+    costs = joint(offers)  # [3, H, NT]
+
     def levels(price):
-        skip, coarse, fine = (joint(x) + fee * price for x, fee in zip(offers, fees, strict=True))
+        skip, coarse, fine = (x + fee * price for x, fee in zip(costs, fees, strict=True))
         least = jnp.minimum(jnp.minimum(skip, coarse), fine)
         level = jnp.where(skip <= least, SKIP, jnp.where(coarse <= least, COARSE, FINEST))
         return jnp.where(least > price * host, PROMOTE, level)
