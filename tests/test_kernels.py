@@ -17,6 +17,7 @@ from pallas_kernels import dispatch
 from pallas_kernels import query as qr
 from tests.oracle import f64
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 B, H, G, N = 2, 2, 4, 1024
 LENGTHS = jnp.array([1024, 777])
 POLICY = Policy.budget(0.05, block_size=128)
