@@ -103,8 +103,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--head-steps", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--policies", default=",".join(adv.POLICIES), help="comma separated; default: all")
     args = parser.parse_args()
-    totals = run(args.head_steps, args.seed)
+    policies = args.policies.split(",")
+    if unknown := [name for name in policies if name not in adv.POLICIES]:
+        parser.error(f"--policies: unknown {', '.join(unknown)}; choose from {', '.join(adv.POLICIES)}.")
+    totals = run(args.head_steps, args.seed, policies=policies)
     print(dict(totals))
     sys.exit(1 if totals["violations"] or totals["contract_broken"] else 0)
 

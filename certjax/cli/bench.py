@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 import click
@@ -34,22 +35,30 @@ def _whole(name: str, text: str) -> list[int]:
     return numbers
 
 
-def _finish(rows: list[dict[str, Any]], command: str, table, out: pathlib.Path | None, as_json: bool) -> None:
+def _run(measured: Iterable[dict[str, Any]], command: str, table, out: pathlib.Path | None, as_json: bool) -> None:
+    """Measure row by row; what has been measured is on disk when the next row begins."""
+    if out is not None and not out.parent.is_dir():
+        message = f"there is no directory {out.parent}; create it first."
+        raise click.BadParameter(message, param_hint="--out")
     device = jax.devices()[0]
     payload = {
         "command": command,
         "device": getattr(device, "device_kind", device.platform),
         "jax": jax.__version__,
-        "rows": rows,
+        "rows": [],
     }
-    markdown = table(rows)
-    if out is not None:
-        out.write_text(json.dumps(payload, indent=1) + "\n")
-        out.with_suffix(".md").write_text(f"`{command}` on {payload['device']}, JAX {payload['jax']}\n\n{markdown}")
+    for row in measured:
+        payload["rows"].append(row)
+        name = " ".join(str(row[k]) for k in ("context", "batch", "workload") if k in row)
+        click.echo(f"{name}: {row['certified_over_dense']}x dense", err=True)
+        if out is not None:
+            out.write_text(json.dumps(payload, indent=1) + "\n")
+            heading = f"`{command}` on {payload['device']}, JAX {payload['jax']}"
+            out.with_suffix(".md").write_text(f"{heading}\n\n{table(payload['rows'])}")
     if as_json:
         print_json(payload)
     else:
-        click.echo(markdown)
+        click.echo(table(payload["rows"]))
 
 
 @click.group("bench")
@@ -70,15 +79,11 @@ def attention_command(contexts, batches, workloads, tolerance, out, as_json) -> 
     if unknown := [k for k in kinds if k not in WORKLOADS]:
         message = f"unknown {', '.join(unknown)}; choose from {', '.join(WORKLOADS)}."
         raise click.BadParameter(message, param_hint="--workloads")
-    rows = []
+    options = f"--contexts {contexts} --batches {batches} --workloads {workloads} --tolerance {tolerance}"
     with clean_errors():
         policy = attention.default_policy(tolerance)
-        for row in attention.run(_whole("--contexts", contexts), _whole("--batches", batches), kinds, policy):
-            rows.append(row)
-            name = f"{row['context']} x {row['batch']} {row['workload']}"
-            click.echo(f"{name}: {row['certified_over_dense']}x dense", err=True)
-    options = f"--contexts {contexts} --batches {batches} --workloads {workloads} --tolerance {tolerance}"
-    _finish(rows, f"certjax bench attention {options}", report.attention_table, out, as_json)
+        rows = attention.run(_whole("--contexts", contexts), _whole("--batches", batches), kinds, policy)
+        _run(rows, f"certjax bench attention {options}", report.attention_table, out, as_json)
 
 
 @bench_command.command("step")
@@ -88,10 +93,8 @@ def attention_command(contexts, batches, workloads, tolerance, out, as_json) -> 
 @json_option
 def step_command(contexts, tolerance, out, as_json) -> None:
     """A whole decode step of LLaMA 3.1 8B's shape with random weights (needs about 60 GB of GPU memory at 128K)."""
-    rows = []
+    command = f"certjax bench step --contexts {contexts} --tolerance {tolerance}"
     with clean_errors():
         policy = attention.default_policy(tolerance)
-        for n in _whole("--contexts", contexts):
-            rows.append(step.run(step.LLAMA_3_1_8B, policy, n))
-            click.echo(f"{n}: {rows[-1]['certified_over_dense']}x dense", err=True)
-    _finish(rows, f"certjax bench step --contexts {contexts} --tolerance {tolerance}", report.step_table, out, as_json)
+        rows = (step.run(step.LLAMA_3_1_8B, policy, n) for n in _whole("--contexts", contexts))
+        _run(rows, command, report.step_table, out, as_json)

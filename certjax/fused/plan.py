@@ -12,6 +12,7 @@ from certjax.fused import reduce as rd
 from certjax.fused.bound import COARSE, FINEST, PROMOTE, SKIP, Exact, TileSums, delta_of, key_terms, no_nan, value_terms
 from certjax.fused.operands import Layer, Queries
 from certjax.policy import Policy
+from pallas_kernels import numerics as num
 
 FINEST_BYTES, COARSE_BYTES, ORIGINAL_BYTES = 2.3, 0.64, 4.0
 """Of a key's and a value's channel, with scales and weights, that the second pass reads."""
@@ -56,8 +57,10 @@ def choose(
     moved = (windows.values.swapaxes(1, 2) - windows.total[..., None] * centre) / total[..., None]
     from_centre, norm = rd.sums(-1, moved**2, (moved + centre) ** 2)
     room = policy.margin * tolerances(policy, batch, jnp.sqrt(norm + unseen)[:, :group])  # [H, G]
-    h = jnp.sqrt(from_centre + unseen).at[:, :group].add(room)
-    rounding = 1.1 * (jnp.expm1(queries.eps) * (mean + h))[:, :group] / room
+    h = jnp.sqrt(from_centre + unseen).at[:, :group].add(2 * room)  # what the values may add to it
+    nu_mean = mean + windows.total / total * (windows.value + layer.value_centre_norm[:, None])
+    summed = 4 * num.gamma(sums.a.shape[1] + 192)  # about what the sums of values and weights add
+    rounding = (1.25 * jnp.expm1(queries.eps) * (nu_mean + h) + summed * nu_mean)[:, :group] / room
     scale = (1 / (room * total[:, :group]))[:, None]
 
     def shares(level: int):  # [H, NT, G]
