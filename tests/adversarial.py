@@ -124,6 +124,7 @@ POLICIES = {
     "fused_equal": Policy.budget(0.1, allotment="equal", centre="zero", recent_tokens=0, host_price=1.0, **FUSED),
     "fused_absolute": Policy.budget(0.3, "absolute", max_promoted=1.0, **FUSED),
     "fused_whole": Policy.observe(recent_tokens=0, sink_tokens=0, **FUSED),
+    "int8_fp16": Policy.observe(codec="int8_fp16", sink_tokens=0, recent_tokens=16),
     "int8_int8": Policy.budget(0.05, codec="int8_int8", sink_tokens=0, recent_tokens=16, annotations="bfloat16"),
 }
 

@@ -15,7 +15,7 @@ from certjax.codecs import REGISTRY
 B, H, G, N, D = 2, 2, 3, 512, 32
 LENGTHS = (512, 301)
 
-RARE = ("int8_int8", "kivi_int4")
+RARE = ("int8_fp16", "int8_int8", "kivi_int4")
 CODECS = [pytest.param(name, marks=pytest.mark.long if name in RARE else ()) for name in sorted(REGISTRY)]
 """Every codec by name; those that are another one with other widths only in long runs."""
 

@@ -105,10 +105,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--policies", default=",".join(adv.POLICIES), help="comma separated; default: all")
     args = parser.parse_args()
-    policies = args.policies.split(",")
-    if unknown := [name for name in policies if name not in adv.POLICIES]:
+    names = args.policies.split(",")
+    if unknown := [name for name in names if name not in adv.POLICIES]:
         parser.error(f"--policies: unknown {', '.join(unknown)}; choose from {', '.join(adv.POLICIES)}.")
-    totals = run(args.head_steps, args.seed, policies=policies)
+    totals = run(args.head_steps, args.seed, policies={name: EVERYTHING[name] for name in names})
     print(dict(totals))
     sys.exit(1 if totals["violations"] or totals["contract_broken"] else 0)
 

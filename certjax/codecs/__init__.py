@@ -9,11 +9,13 @@ from collections.abc import Callable
 from certjax.codecs.affine import Affine
 from certjax.codecs.base import Annotations, Codec, Doubt, HeadStats, annotate, decode_keys, decode_values, fingerprint
 from certjax.codecs.fp8 import Fp8
+from certjax.codecs.keys_only import KeysOnly
 from certjax.codecs.planes import Planes
 from certjax.errors import InvalidArgumentError
 
 REGISTRY: dict[str, Callable[..., Codec]] = {
     "int8_int4": functools.partial(Affine, "int8_int4"),
+    "int8_fp16": KeysOnly,
     "int8_int8": functools.partial(Affine, "int8_int8", value_bits=8),
     "kivi_int4": functools.partial(Affine, "kivi_int4", key_bits=4, value_bits=4, group_size=32),
     "kivi_int2": functools.partial(Affine, "kivi_int2", key_bits=2, value_bits=2, group_size=32),

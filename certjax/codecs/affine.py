@@ -77,9 +77,9 @@ class Affine(Unturned):
         low, high = keys.min(-2), keys.max(-2)  # [..., d]
         # Halves first: max - min of bfloat16 originals may exceed float32. Halving is exact, so that no contraction of
         # operations can make two evaluations of sigma (stored, fingerprinted) differ.
-        sigma = num.normal_or_zero(_saturate((0.5 * high - 0.5 * low) / (half - 0.5), meta))
+        sigma = num.normal_or_zero(saturate((0.5 * high - 0.5 * low) / (half - 0.5), meta))
         # A constant channel has sigma = 0 and is carried by z alone, which must then be exact.
-        zero = _saturate(jnp.where(sigma == 0, low, low + half * sigma.astype(jnp.float32)), meta)
+        zero = saturate(jnp.where(sigma == 0, low, low + half * sigma.astype(jnp.float32)), meta)
         step, offset = sigma.astype(jnp.float32)[..., None, :], zero.astype(jnp.float32)[..., None, :]
         ratio = (keys - offset) / jnp.where(step == 0, 1.0, step)
         codes = jnp.clip(jnp.round(ratio), -half, half - 1)
@@ -110,8 +110,8 @@ class Affine(Unturned):
         top = 2**self.value_bits - 1
         grouped = values.reshape(*lead, d // self.group_size, self.group_size)
         low, high = grouped.min(-1), grouped.max(-1)
-        scale = num.normal_or_zero(_saturate((0.5 * high - 0.5 * low) / (top / 2), jnp.float16))
-        zero = _saturate(low, jnp.float16)
+        scale = num.normal_or_zero(saturate((0.5 * high - 0.5 * low) / (top / 2), jnp.float16))
+        zero = saturate(low, jnp.float16)
         step, offset = scale.astype(jnp.float32)[..., None], zero.astype(jnp.float32)[..., None]
         ratio = (grouped - offset) / jnp.where(step == 0, 1.0, step)
         codes = jnp.clip(jnp.round(ratio), 0, top).astype(jnp.int32).reshape(*lead, d)
@@ -168,7 +168,7 @@ def _affine(codes: jax.Array, step: jax.Array, offset: jax.Array) -> jax.Array:
     return codes.astype(jnp.float32) * step + offset
 
 
-def _saturate(x: jax.Array, dtype) -> jax.Array:
+def saturate(x: jax.Array, dtype) -> jax.Array:
     """Cast to `dtype`, to its largest number where x is beyond it: a code that is far off has a large but
     finite measured error, an infinite one would take the layer down."""
     top = float(jnp.finfo(dtype).max)
