@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,8 @@ def report_command(files, out, audit_files, baseline, resamples, seed, plots, as
     if as_json:
         print_json(report)
         return
-    console = Console(highlight=False, markup=False)
+    # Whoever reads a file or a pipe has more room than a terminal of 80 columns.
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
     for part in render.sections(report, audits):
         if part.short:
             console.print(part.title, style="bold")
