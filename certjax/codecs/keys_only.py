@@ -1,4 +1,4 @@
-"""INT8 keys as `int8_int4` has them, values in float16: what the compression of values costs, seen by leaving it out."""
+"""INT8 keys as `int8_int4` has them, values in float16: what compressing values costs, seen by leaving it out."""
 
 from __future__ import annotations
 
