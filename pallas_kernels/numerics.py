@@ -175,6 +175,17 @@ def cast(x: jax.Array, dtype) -> jax.Array:
     return representable(x.astype(jnp.float32), dtype).astype(dtype)
 
 
+def exponent_above(x: jax.Array) -> jax.Array:
+    """The least k with `x < 2^k`, int32. From the bits: logarithms and exponentials are not exact. `x`: positive and
+    normal."""
+    return (lax.bitcast_convert_type(x, jnp.int32) >> 23) - 126
+
+
+def power_of_two(k: jax.Array) -> jax.Array:
+    """`2^k` exactly, float32. `k`: int32 in [-126, 127]."""
+    return lax.bitcast_convert_type((k + 127) << 23, jnp.float32)
+
+
 def round_up_bf16(x: jax.Array) -> jax.Array:
     """Smallest bfloat16 that is at least `x` (float32, x >= 0, or inf/NaN).
 

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from pallas_kernels import numerics as num
+
 LOG2_E = 1.4426950408889634
 MAX_GROUP = 8
 """Most query heads that share a KV head."""
@@ -41,7 +43,7 @@ PARTS = 3
 """Bytes of a fixed-point query, the most significant first."""
 
 BITS = 22
-"""The largest element of a query is between 2^(BITS - 1) and 2^BITS steps."""
+"""The largest element of a query has at least 2^(BITS - 1) steps and less than 2^BITS."""
 
 
 @struct.dataclass
@@ -55,10 +57,11 @@ class Fixed:
 
 def fixed_point(q: jax.Array, largest: jax.Array) -> Fixed:
     """`q`: [H, C, d] float32, `largest`: [H, C] its largest element by size."""
-    # A power of two, so that quotients are exact. A logarithm that is off by one costs a bit of 24, of which 23 are
-    # used. No scale is so small that its reciprocal overflows: elements are below 2^-88 then.
-    scale = jnp.exp2(jnp.ceil(jnp.log2(jnp.maximum(largest, 2.0**-88))) - BITS)
-    steps = jnp.round(q / scale[..., None]).astype(jnp.int32)
+    # A power of two, so that quotients are exact. None is so small that its reciprocal overflows: elements are below
+    # 2^-88 then.
+    k = num.exponent_above(jnp.maximum(largest, 2.0**-88)) - BITS
+    scale = num.power_of_two(k)
+    steps = jnp.round(q * num.power_of_two(-k)[..., None]).astype(jnp.int32)
     high = (steps + 32896) >> 16  # 32896 = 128 * 257: what is left is within two bytes
     rest = steps - 65536 * high
     middle = (rest + 128) >> 8

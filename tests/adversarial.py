@@ -14,6 +14,7 @@ SHAPE = dict(batch=16, n_kv_heads=2, group=4, capacity=160, head_dim=32)
 """One static shape, so that every draw reuses the compiled program: 128 head-steps a call."""
 
 FUSED_SHAPE = dict(batch=4, n_kv_heads=2, group=4, capacity=896, head_dim=64)
+WIDE_FUSED_SHAPE = dict(batch=2, n_kv_heads=1, group=6, capacity=896, head_dim=128)
 """For policies whose blocks are the 128 tokens of the fused kernels, which read bfloat16 only."""
 
 
@@ -149,7 +150,9 @@ SEARCHED = ("paper", "budget", "planes", "fused")
 
 def shape_of(policy: Policy) -> dict[str, int]:
     """The shape that a policy is drawn for."""
-    return FUSED_SHAPE if policy.block_size == 128 else SHAPE
+    if policy.block_size != 128:
+        return SHAPE
+    return WIDE_FUSED_SHAPE if policy.kind == "observe" or policy.relative_to == "head" else FUSED_SHAPE
 
 
 @functools.cache

@@ -142,6 +142,22 @@ def test_damaged_codes_take_the_layer_to_dense():
     assert (exact_error(out, q, k, v, LENGTHS) <= record.e_total).all()
 
 
+@pytest.mark.parametrize("norm", [np.inf, np.nan, 1e10])
+def test_dense_rung_rests_on_originals_alone(norm):
+    """A damaged annotation of the keys, which every score of tier 1 is measured by, and a damaged centre."""
+    q, k, v = originals()
+    cache = cache_of()
+    centre = cache.stats.key_centre
+    damaged = cache.replace(
+        notes=cache.notes.replace(k_norm=cache.notes.k_norm.at[1, 0, 2].set(norm)),
+        stats=cache.stats.replace(key_centre=centre.at[1].multiply(1e6)),
+    )
+    out, record = jax.device_get(certify(q, damaged, POLICY))
+    assert (record.rung[1] == 4).all()
+    error = exact_error(out, q, k, v, LENGTHS)[1]
+    assert (error <= record.e_total[1]).all() and (record.e_total[1] < 1e-2 * record.out_norm[1]).all()
+
+
 def test_scrubbing_of_a_stack_visits_every_layer_and_block():
     q, k, v = originals()
     cache = TieredKVCache.from_prefill(jnp.stack([k, k]), jnp.stack([v, v]), POLICY, lengths=LENGTHS, capacity=N)

@@ -4,6 +4,7 @@ On a GPU `pytest -m gpu` compares the compiled kernels with their twins.
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,11 @@ from pallas_kernels import query as qr
 from tests.oracle import f64
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-B, H, G, N = 2, 2, 4, 1024
-LENGTHS = jnp.array([1024, 777])
+B, H, N = 2, 2, 1536
+LENGTHS = jnp.array([1536, 1157])
+GROUPS = {64: 4, 128: 6}
+"""Head dim -> query heads of a group: four fill their columns, six do not."""
+EVERY = pytest.mark.parametrize("d", GROUPS)
 POLICY = Policy.budget(0.05, block_size=128)
 
 
@@ -29,13 +33,13 @@ def problem(d: int):
     a, b, c = jax.random.split(jax.random.key(d), 3)
     keys, values = (jax.random.normal(k, (2, B, H, N, d)).astype(jnp.bfloat16) for k in (a, b))
     build = jax.jit(lambda k, v: TieredKVCache.from_prefill(k, v, POLICY, lengths=LENGTHS, capacity=N))
-    return build(keys, values), jax.random.normal(c, (B, H, G, d))
+    return build(keys, values), jax.random.normal(c, (B, H, GROUPS[d], d))
 
 
 def operands(d: int):
     cache, q = problem(d)
     layer = ops.layer_of(cache, jnp.int32(1), ops.shared(cache))
-    return cache, layer, ops.prepare(q.reshape(B * H, G, d), layer), q
+    return cache, layer, ops.prepare(q.reshape(B * H, -1, d), layer), q
 
 
 def calls(d: int):
@@ -61,19 +65,24 @@ def weights_in_float64(q, k, reference, d):
     return np.exp(np.einsum("hnd,hcd->hnc", f64(k), f64(q)) / np.sqrt(d) - f64(reference)[:, None])
 
 
-@pytest.mark.parametrize("d", [64, 128])
+@EVERY
 def test_fixed_point_queries_are_within_their_stated_error(d):
     _, _, q, plain = operands(d)
-    plain = f64(plain.reshape(B * H, G, d))
-    for exact in (plain, plain * 1e-20, plain * 1e20, np.exp2(np.round(plain))):
+    plain = f64(plain.reshape(B * H, -1, d))
+    # All channels a little below a power of two, where an inexact scale shows.
+    beside = np.broadcast_to(np.exp2(np.arange(-60.0, 60))[:, None, None] * (1 - 2.0**-18 * 0.37), (120, 1, d))
+    for exact in (plain, plain * 1e-20, plain * 1e20, np.exp2(np.round(plain)), beside, 0 * plain):
         x = jnp.asarray(exact, jnp.float32)
-        fixed = qr.fixed_point(x, jnp.abs(x).max(-1))
+        fixed = jax.jit(qr.fixed_point)(x, jnp.abs(x).max(-1))
         gap = np.linalg.norm(f64(qr.value(fixed)) - f64(x), axis=-1)
-        assert (gap <= f64(fixed.error)).all() and fixed.scale.min() > 0
+        assert (gap <= f64(fixed.error)).all()
+        mantissa, _ = np.frexp(np.asarray(fixed.scale))
+        assert (mantissa == 0.5).all()
     fixed = qr.fixed_point(jnp.asarray(plain, jnp.float32), jnp.abs(plain).max(-1))
     assert (np.linalg.norm(f64(qr.value(fixed)) - plain, axis=-1) > 0.2 * f64(fixed.error)).all()
     for x in (q.kernel.parts, q.kernel.wide, q.kernel.numbers):
-        assert (x[:, :, :G] == x[:, :, G:]).all()
+        first, second = jnp.split(x, 2, axis=2)
+        assert (first == second).all()
 
 
 def test_weights_in_two_halves_add_up():
@@ -85,33 +94,34 @@ def test_weights_in_two_halves_add_up():
 def expected_weights(d: int, level: int, q, x, cache, plain):
     """Weights of keys at a level by the codec, in float64: [H, N, G]."""
     codes = jax.tree.map(lambda a: a[1], cache.codes)
-    rotated = np.asarray(cache.codec.to_basis(plain)).reshape(B * H, G, d)
+    rotated = np.asarray(cache.codec.to_basis(plain)).reshape(B * H, -1, d)
     y = np.asarray(cache.codec.keys(codes, level)).reshape(B * H, N, d)
-    centre = f64(plain.reshape(B * H, G, d)) @ f64(x.key_centre)[..., None] / np.sqrt(d)  # q.c_k
-    return weights_in_float64(rotated, y, f64(q.reference)[:, :G] - centre[..., 0], d)
+    centre = f64(plain.reshape(B * H, -1, d)) @ f64(x.key_centre)[..., None] / np.sqrt(d)  # q.c_k
+    return weights_in_float64(rotated, y, f64(q.reference)[:, : GROUPS[d]] - centre[..., 0], d)
 
 
-@pytest.mark.parametrize("d", [64, 128])
+@EVERY
 def test_scan_sums_weights_of_coarse_keys(d):
     cache, x, q, plain = operands(d)
     stats, halves, acc, sums = dispatch.reference_kernels().scan(*calls(d)[0]["scan"])
-    w = expected_weights(d, 0, q, x, cache, plain).reshape(B * H, -1, 128, G)
+    group = GROUPS[d]
+    w = expected_weights(d, 0, q, x, cache, plain).reshape(B * H, -1, 128, group)
     nu, scale = (f64(a[1]).reshape(B * H, -1, 128, 1) for a in (x.nu, x.value_scale))
     active = np.asarray(x.active)
     for i, want in enumerate((w, w * nu, w * w, w * scale)):
-        np.testing.assert_allclose(np.asarray(stats)[:, :, i, :G][active], want.sum(2)[active], rtol=1e-3)
-    weighted = f64(qr.folded(halves.astype(jnp.float32).swapaxes(2, 3)))
+        np.testing.assert_allclose(np.asarray(stats)[:, :, i, :group][active], want.sum(2)[active], rtol=1e-3)
+    weighted = f64(qr.folded(halves.astype(jnp.float32).swapaxes(2, 3)))[..., :group]
     np.testing.assert_allclose(weighted[active], (w * scale)[active], rtol=1e-3)
     # Windows are exact: sink, and the ring's blocks with their own lengths.
     tiles = np.concatenate([np.asarray(w[1]) for w in x.windows[::2]], 1).reshape(B * H, -1, 128, d)
     for tile in range(tiles.shape[1]):
-        live = np.arange(128) < np.asarray(x.live)[:, tile, None]
-        w = weights_in_float64(plain.reshape(B * H, G, d), tiles[:, tile], f64(q.reference)[:, :G], d) * live[..., None]
-        total = f64(sums)[:, tile, 0, :G] * np.exp2(np.maximum(f64(sums)[:, tile, 3, :G], -1e4))
+        live = (np.arange(128) < np.asarray(x.live)[:, tile, None])[..., None]
+        w = live * weights_in_float64(plain.reshape(B * H, -1, d), tiles[:, tile], f64(q.reference)[:, :group], d)
+        total = f64(sums)[:, tile, 0, :group] * np.exp2(np.maximum(f64(sums)[:, tile, 3, :group], -1e4))
         np.testing.assert_allclose(total, w.sum(1), rtol=1e-3, atol=1e-300)
 
 
-@pytest.mark.parametrize("d", [64, 128])
+@EVERY
 def test_attend_sums_values_at_their_level(d):
     cache, x, q, plain = operands(d)
     arguments, _, levels = calls(d)
@@ -123,13 +133,14 @@ def test_attend_sums_values_at_their_level(d):
         w = expected_weights(d, level - 1, q, x, cache, plain) * (per_token == level)
         want += np.einsum("hnc,hnd->hdc", w, f64(cache.codec.values(codes, level - 1)).reshape(B * H, N, d))
         offset += less * (w * f64(x.value_scale[1])[..., None]).sum(1)[:, None]
-    got = f64(acc.sum(1))[..., :G] + offset
+    group = GROUPS[d]
+    got = f64(acc.sum(1))[..., :group] + offset
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-3 * np.abs(want).max())
-    w = w.reshape(B * H, -1, 128, G).sum(2)
-    np.testing.assert_allclose(stats[:, :, 0, :G], w, rtol=1e-3, atol=1e-6 * w.max())
+    w = w.reshape(B * H, -1, 128, group).sum(2)
+    np.testing.assert_allclose(stats[:, :, 0, :group], w, rtol=2e-5, atol=1e-6 * w.max())
 
 
-@pytest.mark.parametrize("d", [64, 128])
+@EVERY
 def test_dense_pass_over_originals_is_attention(d):
     _, x, q, plain = operands(d)
     everything = jnp.ones(x.active.shape, jnp.int32)
@@ -140,18 +151,18 @@ def test_dense_pass_over_originals_is_attention(d):
     out = (f64(acc) * scale[:, :, None]).sum(1) / (f64(sums)[:, :, 0] * scale).sum(1)[:, None]
     k, v = (f64(a[1]).reshape(B * H, N, d) for a in (x.host_keys, x.host_values))
     live = np.arange(N) < np.repeat(np.asarray(LENGTHS), H)[:, None]
-    s = np.einsum("hnd,hcd->hnc", k, f64(plain.reshape(B * H, G, d))) / np.sqrt(d)
+    s = np.einsum("hnd,hcd->hnc", k, f64(plain.reshape(B * H, -1, d))) / np.sqrt(d)
     w = np.exp(s - s.max(1, keepdims=True)) * live[..., None]
     want = np.einsum("hnc,hnd->hdc", w / w.sum(1, keepdims=True), v)
-    np.testing.assert_allclose(out[..., :G], want, rtol=0, atol=1e-3)
+    np.testing.assert_allclose(out[..., : GROUPS[d]], want, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("d", [64, 128])
+@EVERY
 def test_kernels_lower_for_cuda_without_a_gpu(d):
     """The whole fused step with every kernel in it."""
     cache, _ = problem(d)
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), cache)
-    q = jax.ShapeDtypeStruct((B, H, G, d), jnp.float32)
+    q = jax.ShapeDtypeStruct((B, H, GROUPS[d], d), jnp.float32)
 
     @jax.jit
     def step(q, cache):
@@ -159,7 +170,8 @@ def test_kernels_lower_for_cuda_without_a_gpu(d):
         return fused_attention(q, cache, jnp.int32(1), POLICY, dispatch.mosaic_kernels(B * H), sound)
 
     lowered = step.trace(q, shapes).lower(lowering_platforms=("cuda",))
-    assert lowered.as_text().count("mosaic_gpu") >= 4  # scan, attend, promoted tiles, dense heads
+    calls = re.findall(r"custom_call @(\w*mosaic_gpu\w*)", lowered.as_text())
+    assert len(calls) == 4  # scan, attend, promoted tiles, dense heads
 
 
 def interpreted():
@@ -168,39 +180,53 @@ def interpreted():
     return mosaic.InterpretGPUParams(detect_races=True)
 
 
-@pytest.mark.parametrize("name", ["scan", "attend", "originals"])
-@pytest.mark.parametrize("d", [64, 128])
+KERNELS = pytest.mark.parametrize("name", ["scan", "attend", "originals"])
+SLOTS = 256
+"""KV heads for which a head has one program: it reads nine tiles, more than there are slots for."""
+
+
+@KERNELS
+@EVERY
 def test_interpreted_kernel_equals_its_twin(d, name):
-    kernel = functools.partial(getattr(dispatch.mosaic_kernels(128), name), interpret=interpreted())
-    check_against_twin(d, name, kernel)
+    kernel = getattr(dispatch.mosaic_kernels(SLOTS), name)
+    check_against_twin(d, name, functools.partial(kernel, interpret=interpreted()))
     races = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call")
     assert not races.get_races().races_found
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["scan", "attend", "originals"])
-@pytest.mark.parametrize("d", [64, 128])
-def test_kernel_equals_its_twin(d, name):
-    check_against_twin(d, name, getattr(dispatch.mosaic_kernels(B * H), name))
+@pytest.mark.parametrize("heads", [B * H, SLOTS])
+@KERNELS
+@EVERY
+def test_kernel_equals_its_twin(d, name, heads):
+    kernel = getattr(dispatch.mosaic_kernels(heads), name)
+    first = check_against_twin(d, name, kernel)
+    for _ in range(20):  # a race between warps need not show at once
+        again = check_against_twin(d, name, kernel)
+        jax.tree.map(np.testing.assert_array_equal, again, first)
 
 
 def check_against_twin(d, name, kernel):
+    """Returns what the kernel did, less what may be anything."""
     arguments, active, levels = calls(d)
     # The interpreter takes nothing from host memory.
     here = arguments[name] if jax.default_backend() == "gpu" else jax.tree.map(np.asarray, arguments[name])
-    got = jax.jit(kernel)(*here)
-    want = getattr(dispatch.reference_kernels(), name)(*arguments[name])
-    if name == "scan":
-        pairs = [*((np.asarray(a)[active], np.asarray(b)[active]) for a, b in zip(got[:2], want[:2], strict=True))]
-        pairs += zip(got[2:], want[2:], strict=True)
-    elif name == "attend":
-        fine = levels == 2
-        pairs = [(got[0].sum(1), want[0].sum(1)), (np.asarray(got[1])[fine], np.asarray(want[1])[fine])]
-    else:
-        pairs = [tuple(ops_joined(*x) for x in (got, want))]
-    for a, b in pairs:
+    results = jax.jit(kernel)(*here), getattr(dispatch.reference_kernels(), name)(*arguments[name])
+
+    def meaningful(result):
+        if name == "scan":
+            stats, halves, *windows = result
+            halves = np.asarray(halves, np.float32).swapaxes(2, 3)
+            return [np.asarray(stats)[active], np.asarray(qr.folded(halves))[active], *map(np.asarray, windows)]
+        if name == "attend":
+            return [np.asarray(result[0].sum(1)), np.asarray(result[1])[levels == 2]]
+        return [ops_joined(*result)]
+
+    got, want = map(meaningful, results)
+    for a, b in zip(got, want, strict=True):
         a, b = f64(a), f64(b)
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5 * np.abs(b[np.abs(b) < 1e29]).max())
+    return got
 
 
 def ops_joined(acc, sums):

@@ -128,7 +128,9 @@ class _Step:
         """Attend to the originals of the `chosen` tiles `[H, NT]`, from the host; `alone` if to nothing else."""
         x, q = self.layer, self.queries
         return bd.exact_of(
-            *self.kernels.originals(x.index, x.meta, chosen.astype(jnp.int32), q.kernel, x.host_keys, x.host_values),
+            *self.kernels.originals(
+                x.index, x.meta, chosen.astype(jnp.int32), q.kernel, x.host_keys, x.host_values, alone=alone
+            ),
             alone=alone,
         )
 
@@ -141,20 +143,25 @@ class _Step:
         delta = jnp.minimum(delta, 80.0)
         a = jnp.where((plan.level == bd.PROMOTE)[..., None], scan.sums.a, 0.0)
         high, low = rd.sums(1, a * jnp.exp(delta), a * jnp.exp(-delta))
-        slack = jnp.exp(q.eps + bd.eps_of_originals(q, found.exact.key) + 2.0**-12)
+        original = bd.eps_of_originals(q, found.exact.key, self.per_program, q.reference)
+        slack = jnp.exp(q.eps + original + 2.0**-12)
         exact = found.exact.total - scan.windows.total
         rounding = 2.0**-18 * found.exact.total + 2.0**-100  # of the difference; of what was flushed
         # What is not a number is not an alarm: it fails as such.
         return self.grouped(~((exact > high * slack + rounding) | (exact < low / slack - rounding)))
 
     def judge(self, found: bd.Pass) -> bd.Judged:
-        return bd.judge(found, self.queries, self.layer, self.additions)
+        return bd.judge(found, self.queries, self.layer, self.per_program, self.additions)
+
+    @property
+    def per_program(self) -> int:
+        """Most tiles that a program reads."""
+        return -(-self.n_tiles // self.kernels.splits)
 
     @property
     def additions(self) -> int:
         """Most float32 roundings that a tile's sum goes through on its way into the sum of all."""
-        per_program = -(-self.n_tiles // self.kernels.splits)
-        return 2 * per_program + self.kernels.splits + 64
+        return 2 * self.per_program + self.kernels.splits + 64
 
     def grouped(self, x):
         """`[H, C, ...]` of the padded columns to `[b, Hkv, G, ...]`."""
@@ -168,7 +175,9 @@ class _Step:
         dense = heads_to_give_up(self.policy, norm, e_total, gone) | row_failed[:, None]  # [b, Hkv]
         tiles = jnp.arange(self.n_tiles) * ops.TILE < self.layer.meta[:, 2:]
         found = self.originals(tiles & dense.reshape(-1)[:, None], alone=True)
-        exact, exact_norm, error = bd.judge_dense(found, self.queries, self.cache.capacity, self.additions)
+        exact, exact_norm, error = bd.judge_dense(
+            found, self.queries, self.cache.capacity, self.per_program, self.additions
+        )
         out = jnp.where(dense[..., None, None], self.grouped(exact), out)
         e_total = jnp.where(dense[..., None], self.grouped(error), e_total)
         norm = jnp.where(dense[..., None], self.grouped(exact_norm), norm)

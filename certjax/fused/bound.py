@@ -147,8 +147,9 @@ class Judged:
     tail_mass: jax.Array
 
 
-def judge(found: Pass, queries: Queries, layer: Layer, additions: int) -> Judged:
-    """Output and certificate of a pass. `additions`: float32 roundings of a tile's sum of values at most."""
+def judge(found: Pass, queries: Queries, layer: Layer, tiles: int, additions: int) -> Judged:
+    """Output and certificate of a pass. `tiles`: of a program at most; `additions`: float32 roundings that a tile's sum
+    of values goes through at most."""
     exact, level, coarse, fine = found.exact, found.level, found.coarse, found.fine
     d, n_tiles = found.values.shape[1], level.shape[1]
     sums = by_level(level, coarse, coarse, fine)
@@ -201,7 +202,7 @@ def judge(found: Pass, queries: Queries, layer: Layer, additions: int) -> Judged
     delta_max = queries.norm * (kappa.max(1) * num.NORM_SLACK)[:, None]
     e_key = (k0 + k1 * h) / (total * l_minus)
     linear = (g0 + g1 * h) / (total * l_minus)
-    eps = jnp.maximum(queries.eps, eps_of_originals(queries, exact.key))
+    eps = jnp.maximum(queries.eps, eps_of_originals(queries, exact.key, tiles, queries.reference))
     grow = jnp.exp(eps)
     widened = (grow * grow - 1) * linear + grow * jnp.expm1(eps) * (nu_mean + h) / l_minus
     nu_max = jnp.maximum(layer.nu_max[:, None], exact_nu)
@@ -236,11 +237,13 @@ def summed(additions: int) -> float:
     return 2.0**-17 + 16 * TENSOR_UNIT + num.gamma(additions)
 
 
-def judge_dense(found: Exact, queries: Queries, n: int, additions: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def judge_dense(
+    found: Exact, queries: Queries, n: int, tiles: int, additions: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Output of a pass over all originals, its norm and its error: `[H, G, d]`, `[H, G]`, `[H, G]`."""
     total, longest_value = found.total, found.value
     out = found.values.swapaxes(1, 2) / total[..., None]
-    eps = eps_of_originals(queries, found.key)
+    eps = eps_of_originals(queries, found.key, tiles, 0.0)
     accumulated = (summed(additions) + 3 * num.gamma(TILE + n // TILE + 64)) * longest_value
     norm = jnp.sqrt((out * out).sum(-1)) * num.NORM_SLACK + out.shape[-1] ** 0.5 * VANISHED
     radius = longest_value + norm + accumulated

@@ -38,14 +38,14 @@ class Layer:
     windows: tuple[jax.Array, ...]  # sink keys, sink values, ring keys, ring values: [L, H, n, d] bfloat16
     host_keys: jax.Array | None  # [L, H, N, d] bfloat16
     host_values: jax.Array | None
-    kappa_peak: jax.Array  # [H, NT, 2] float32
+    kappa_peak: jax.Array  # [H, NT, 2] float32, 0 where a tile is not read
     eta_peak: jax.Array  # [H, NT, 2]
     nu_peak: jax.Array  # [H, NT]
-    sigma_k: jax.Array  # [H, NT, 2]
+    sigma_k: jax.Array  # [H, NT, 2], 0 where a tile is not read
     sigma_v: jax.Array  # [H, NT, 3]
     reach: jax.Array  # [H] largest ||k - c_k|| of the tiles read
     nu_max: jax.Array  # [H] largest nu of the tiles read
-    eta_max: jax.Array  # [H] largest eta of the tiles read, at the coarsest level
+    eta_max: jax.Array  # [H] largest eta of the tiles read, at any level
     key_centre_norm: jax.Array  # [H] rounded up
     value_centre_norm: jax.Array  # [H]
     key_centre: jax.Array  # [H, d]
@@ -91,7 +91,7 @@ def shared(cache: TieredKVCache) -> Shared:
 
     active = per_head(active)
     meta = jnp.stack([jnp.full_like(length, first), end, length], -1)
-    peaks = (_by_head(x) for x in (notes.k_norm, notes.nu.peak, notes.eta.peak[..., 0]))
+    peaks = (_by_head(x) for x in (notes.k_norm, notes.nu.peak, notes.eta.peak.max(-1)))
     largest = rd.together(2, *((jnp.where(active, x, 0.0), rd.MAX) for x in peaks))  # [L, H]
     centres = (_by_head(x) for x in (cache.stats.key_centre, cache.stats.value_centre))  # [L, H, d]
     norms = [
@@ -115,7 +115,7 @@ def layer_of(cache: TieredKVCache, layer: jax.Array, common: Shared) -> Layer:
     def here(x):  # [L, b, Hkv, ...] -> this layer's [H, ...], float32
         return _by_head(jax.lax.dynamic_slice_in_dim(x, layer, 1, 0))[0]
 
-    codes, notes = cache.codes, cache.notes
+    codes, notes, active = cache.codes, cache.notes, common.active[..., None]
     host = (None, None)
     if cache.host_keys is not None:
         host = tuple(x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (cache.host_keys, cache.host_values))
@@ -134,10 +134,10 @@ def layer_of(cache: TieredKVCache, layer: jax.Array, common: Shared) -> Layer:
         windows=tuple(windows),
         host_keys=host[0],
         host_values=host[1],
-        kappa_peak=here(notes.kappa.peak),
+        kappa_peak=jnp.where(active, here(notes.kappa.peak), 0.0),
         eta_peak=here(notes.eta.peak),
         nu_peak=here(notes.nu.peak),
-        sigma_k=here(notes.sigma_k),
+        sigma_k=jnp.where(active, here(notes.sigma_k), 0.0),
         sigma_v=here(notes.sigma_v),
         reach=reach,
         nu_max=nu_max,
@@ -200,8 +200,9 @@ def _turn(q: jax.Array, largest: jax.Array) -> jax.Array:
     d = q.shape[-1]
     matrix = rotation_matrix(d)
     signs, size = np.sign(matrix).astype(np.float32), float(np.abs(matrix).max())
-    step = jnp.exp2(jnp.ceil(jnp.log2(jnp.maximum(largest, VANISHED))) - 15)
-    upper = jnp.round(q / step)
+    k = num.exponent_above(jnp.maximum(largest, VANISHED)) - 15
+    step = num.power_of_two(k)
+    upper = jnp.round(q * num.power_of_two(-k))
     lower = q - upper * step
     upper, lower = rd.sums(-2, upper[..., :, None] * signs, lower[..., :, None] * signs)
     return (upper * step + lower) * size
@@ -232,7 +233,7 @@ def prepare(q: jax.Array, layer: Layer) -> Queries:
     evaluated = 32 * num.U * size + 2 * num.gamma(d + 4) * summed + num.EXP_RELATIVE_ERROR
     # `total` is that of the query before it was made fixed-point, which counts for less than a tenth.
     inexact = (1.1 * turned.error + 8 * num.U * length) * (d**-0.5 * num.NORM_SLACK)
-    tensor = (d // 16 + 4) * 2 * TENSOR_UNIT * norm
+    tensor = (d // 16 + 8) * 2 * TENSOR_UNIT * norm
     rows = {
         qr.UNIT: unit, qr.HALF: 8 * total, qr.SHIFT: shift, qr.LOW_UNIT: unit / 256, qr.HALF_FINE: 8.5 * total,
         qr.UNIT_EXACT: plain.scale * per_log, qr.SHIFT_EXACT: -reference * qr.LOG2_E,
@@ -246,7 +247,12 @@ def prepare(q: jax.Array, layer: Layer) -> Queries:
     )
 
 
-def eps_of_originals(queries: Queries, longest: jax.Array) -> jax.Array:
-    """Bound on the error of a score of an original key, `longest` being the longest: `[H, 1]` or `[H, G]`."""
-    evaluated = 32 * num.U * (queries.norm * longest + jnp.abs(queries.reference)) + num.EXP_RELATIVE_ERROR
+def eps_of_originals(queries: Queries, longest: jax.Array, tiles: int, reference: jax.Array | float) -> jax.Array:
+    """Bound on the error of a score of an original key, and of its exponential.
+
+    `longest`: `[H, G]`, norm of the longest key; `tiles`: of a program at most, each of which may raise the running
+    maximum and multiply what went before by another exponential; `reference`: what scores were less of.
+    """
+    evaluated = 32 * num.U * (queries.norm * longest + jnp.abs(reference))
+    evaluated += num.EXP_RELATIVE_ERROR + tiles * 2.0**-21
     return queries.eps_original * longest * num.NORM_SLACK + evaluated

@@ -53,7 +53,8 @@ def attend_tiles(
     product = functools.partial(jnp.einsum, "hnd,hpcd->phnc", precision="highest")
     low = together(product(16 * signed_fields(k_low, 4), parts.astype(jnp.float32)))
     x = dot * q.row(UNIT) + low * q.row(LOW_UNIT) + q.row(HALF_FINE)
-    w = jnp.exp2(x * ks.astype(jnp.float32)[..., None] + q.row(SHIFT))  # [H, N, G]
+    # A barrier: all sums are of one evaluation, as in the kernel.
+    w = jax.lax.optimization_barrier(jnp.exp2(x * ks.astype(jnp.float32)[..., None] + q.row(SHIFT)))  # [H, N, G]
     w = jnp.where(jnp.repeat(levels, TILE, axis=1)[..., None] == FINEST, w, 0.0)
     fine = w * vs.astype(jnp.float32)[..., None]
     stats = jnp.stack([w, w * share.astype(jnp.float32)[..., None], w * w, fine], 2)

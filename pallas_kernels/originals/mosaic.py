@@ -78,7 +78,7 @@ def store_result(carry, out, sums, out_ref, sums_ref) -> None:
     plgpu.copy_smem_to_gmem(sums, sums_ref)
 
 
-def attend_originals(layer, meta, chosen, q, keys, values, *, splits: int, interpret=False):
+def attend_originals(layer, meta, chosen, q, keys, values, *, splits: int, alone=False, interpret=False):
     n_layers, heads, n, d = keys.shape
     columns = q.parts.shape[2]
     chosen = mg.rows_of_flags(chosen)
@@ -93,7 +93,8 @@ def attend_originals(layer, meta, chosen, q, keys, values, *, splits: int, inter
         plgpu.barrier_wait(barrier)
 
         count = mg.list_chosen(flags, 1, order, split, splits)
-        unit, shift = (mg.over_rows(numbers[i], TILE) for i in (UNIT_EXACT, SHIFT_EXACT))
+        unit = mg.over_rows(numbers[UNIT_EXACT], TILE)
+        shift = jnp.zeros((TILE, columns), jnp.float32) if alone else mg.over_rows(numbers[SHIFT_EXACT], TILE)
 
         def visit(i, carry):
             start = order[i] * TILE

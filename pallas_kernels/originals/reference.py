@@ -17,6 +17,7 @@ def attend_tile_of_originals(
     values: jax.Array,  # [H, 128, d]
     live: jax.Array,  # [H] int32, tokens to attend to, the first ones
     q: Operands,
+    alone: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """`sum w v` [H, d, G], and [H, 4, G], of the G = C/2 first columns: `sum w`, the squares of the longest key and of
     the longest value (of all tokens of a tile that has a live one; what is not live must be finite), and the largest
@@ -25,7 +26,9 @@ def attend_tile_of_originals(
     k, v = keys.astype(jnp.float32), values.astype(jnp.float32)
     parts = distinct(q.wide[:, PARTS:], 2).astype(jnp.float32)
     dot = together(jnp.einsum("htd,hpcd->phtc", k, parts, precision="highest"))
-    x = jnp.where(seen, dot * q.row(UNIT_EXACT) + q.row(SHIFT_EXACT), LOWEST)
+    shift = 0.0 if alone else q.row(SHIFT_EXACT)
+    # A barrier: the largest score and the weights are of one evaluation, as in the kernel.
+    x = jax.lax.optimization_barrier(jnp.where(seen, dot * q.row(UNIT_EXACT) + shift, LOWEST))
     peak = x.max(1)
     w = jnp.where(seen, jnp.exp2(x - peak[:, None]), 0.0)
     acc = jnp.einsum("htd,htc->hdc", v, w, precision="highest")
@@ -44,9 +47,11 @@ def attend_originals(
     values: jax.Array,  # [L, H, N, d] bfloat16
     *,
     splits: int = 1,
+    alone: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """As `attend_tile_of_originals`, of the chosen tiles: [H, S, d, G], [H, S, 4, G], in S = `splits` parts, programs
-    that share the tiles of a head."""
+    that share the tiles of a head. `alone`: scores are not less the reference, which rests on what is known of tier 1.
+    """
     heads, n, d = keys.shape[1:]
     length = meta[:, 2]
     k, v = (_on_device(x, layer[0]).reshape(heads, -1, TILE, d).swapaxes(0, 1) for x in (keys, values))
@@ -55,7 +60,7 @@ def attend_originals(
 
     def tile(x):
         k, v, start, flag = x
-        return attend_tile_of_originals(k, v, jnp.where(flag > 0, length - start, 0), q)
+        return attend_tile_of_originals(k, v, jnp.where(flag > 0, length - start, 0), q, alone)
 
     acc, sums = jax.lax.map(tile, (k, v, start, flags))  # [NT, H, d, G], [NT, H, 4, G]
     pad = -acc.shape[0] % splits

@@ -45,7 +45,7 @@ def scan_tiles(
     parts = distinct(q.parts, 2).astype(jnp.int32)
     dot = together(jnp.einsum("hnd,hpcd->phnc", k.astype(jnp.int32), parts))
     x = (dot * q.row(UNIT) + q.row(HALF)) * ks.astype(jnp.float32)[..., None] + q.row(SHIFT)
-    w = jnp.exp2(x)  # [H, N, G]
+    w = jax.lax.optimization_barrier(jnp.exp2(x))  # [H, N, G]; all sums are of one evaluation, as in the kernel
     weighted = w * vs.astype(jnp.float32)[..., None]
     stats = jnp.stack([w, w * share.astype(jnp.float32)[..., None], w * w, weighted], 2)
     heads, n, _, columns = stats.shape
