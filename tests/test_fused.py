@@ -23,6 +23,7 @@ from certjax import (
 from certjax.attention import certified_layer, naive_layer
 from certjax.checks import scrubbed
 from certjax.cli import main
+from certjax.fused import operands as ops
 from certjax.fused.ladder import allotted, heads_to_give_up
 from certjax.models.llama.modeling import init_params
 from tests.oracle import exact_error
@@ -175,6 +176,23 @@ def test_scores_beyond_every_range_go_dense_and_stay_certified():
     out, record = jax.device_get(certify(q * 300, cache_of(), POLICY))
     assert np.isfinite(out).all() and (record.rung >= 3).any()
     assert (exact_error(out, q * 300, k, v, LENGTHS) <= record.e_total).all()
+
+
+def test_weights_of_the_block_being_filled_are_right_or_dense():
+    """No annotation says how large its keys are: sums up to 2^128 and beyond, whose reciprocals vanish."""
+    q, k, v = originals()
+    stack = cache_of().stacked()
+    queries = ops.prepare(q.reshape(B * H, G, D), ops.layer_of(stack, jnp.int32(0), ops.shared(stack)))
+    rungs = []
+    for above in (0, 60, 90, *np.arange(125.2, 128.2, 0.2), 150, 300):  # the reference, in units of log 2
+        score = queries.reference[0, 0] + above * np.log(2)
+        towards = q[0, 0] / jnp.square(q[0, 0]).sum() * D**0.5 * score
+        keys = k.at[0, 0, 990].set(towards.astype(jnp.bfloat16))
+        out, record = jax.device_get(certify(q, build(keys, v, POLICY), POLICY))
+        assert (exact_error(out, q, keys, v, LENGTHS) <= record.e_total).all()
+        assert ((record.e_total <= record.tolerance) | (record.rung >= 3)).all()
+        rungs.append(int(record.rung[0, 0]))
+    assert min(rungs) < 3 <= max(rungs) and rungs == sorted(rungs)
 
 
 @settings(max_examples=200)

@@ -31,6 +31,10 @@ FLUSHED = TILE**0.5 * 2.0**-63
 """Norm of the weights of a tile whose squares may have been flushed to zero."""
 
 
+HIGHEST = 100.0
+"""Largest score of a window or a promoted tile, in units of log 2 and less the reference (docs/kernels.md)."""
+
+
 @struct.dataclass
 class TileSums:
     """Sums over the tokens of each tile, in units of `e^reference`. Leaves `[H, NT, G]`."""
@@ -107,7 +111,10 @@ def exact_of(acc: jax.Array, sums: jax.Array, *, alone: bool = False) -> Exact:
     be anything.
     """
     peak = sums[:, :, 3]
-    scale = jnp.exp2(peak - peak.max(1, keepdims=True) if alone else peak)
+    if alone:
+        scale = jnp.exp2(peak - peak.max(1, keepdims=True))
+    else:  # a total whose reciprocal vanishes must not pass for one: not a number, which fails as such
+        scale = jnp.where(peak <= HIGHEST, jnp.exp2(peak), jnp.inf)
     total, longest_key, longest_value = rd.together(
         1, (sums[:, :, 0] * scale, rd.SUM), (sums[:, :, 1], rd.MAX), (sums[:, :, 2], rd.MAX)
     )

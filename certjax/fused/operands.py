@@ -44,6 +44,7 @@ class Layer:
     sigma_k: jax.Array  # [H, NT, 2], 0 where a tile is not read
     sigma_v: jax.Array  # [H, NT, 3]
     reach: jax.Array  # [H] largest ||k - c_k|| of the tiles read
+    reach_closed: jax.Array  # [H] the same of all full blocks, those that windows hold included
     nu_max: jax.Array  # [H] largest nu of the tiles read
     eta_max: jax.Array  # [H] largest eta of the tiles read, at any level
     key_centre_norm: jax.Array  # [H] rounded up
@@ -63,7 +64,7 @@ class Shared:
     active: jax.Array  # [H, NT] bool, tiles read from tier 1
     live: jax.Array  # [H, W] int32, tokens in each window tile
     meta: jax.Array  # [H, 3] int32: first and end of the active tiles, length
-    largest: jax.Array  # [L, 5, H] float32: of `Layer`, reach, nu_max, eta_max, key_centre_norm, value_centre_norm
+    largest: jax.Array  # [L, 6, H] float32: reach, nu_max, eta_max, reach_closed, norms of the centres
 
 
 def _by_head(x: jax.Array) -> jax.Array:
@@ -89,10 +90,11 @@ def shared(cache: TieredKVCache) -> Shared:
     def per_head(x):
         return jnp.repeat(x, n_heads, axis=0)
 
-    active = per_head(active)
+    active, closed = per_head(active), per_head(block < last[:, None])
     meta = jnp.stack([jnp.full_like(length, first), end, length], -1)
-    peaks = (_by_head(x) for x in (notes.k_norm, notes.nu.peak, notes.eta.peak.max(-1)))
-    largest = rd.together(2, *((jnp.where(active, x, 0.0), rd.MAX) for x in peaks))  # [L, H]
+    k_norm, nu, eta = (_by_head(x) for x in (notes.k_norm, notes.nu.peak, notes.eta.peak.max(-1)))
+    peaks = ((k_norm, active), (nu, active), (eta, active), (k_norm, closed))
+    largest = rd.together(2, *((jnp.where(of, x, 0.0), rd.MAX) for x, of in peaks))  # [L, H]
     centres = (_by_head(x) for x in (cache.stats.key_centre, cache.stats.value_centre))  # [L, H, d]
     norms = [
         jnp.sqrt(x) * num.NORM_SLACK + cache.head_dim**0.5 * VANISHED for x in rd.sums(-1, *(x**2 for x in centres))
@@ -122,7 +124,7 @@ def layer_of(cache: TieredKVCache, layer: jax.Array, common: Shared) -> Layer:
     windows = [
         flat(x) for x in (cache.sink_keys, cache.sink_values, cache.ring_keys, cache.ring_values) if x.shape[-2]
     ]
-    reach, nu_max, eta_max, *norms = jax.lax.dynamic_index_in_dim(common.largest, layer, 0, keepdims=False)
+    reach, nu_max, eta_max, reach_closed, *norms = jax.lax.dynamic_slice_in_dim(common.largest, layer, 1, 0)[0]
     return Layer(
         keys=flat(codes.k_planes[0], 1),
         keys_low=flat(codes.k_planes[1], 1),
@@ -140,6 +142,7 @@ def layer_of(cache: TieredKVCache, layer: jax.Array, common: Shared) -> Layer:
         sigma_k=jnp.where(active, here(notes.sigma_k), 0.0),
         sigma_v=here(notes.sigma_v),
         reach=reach,
+        reach_closed=reach_closed,
         nu_max=nu_max,
         eta_max=eta_max,
         key_centre_norm=norms[0],
@@ -224,7 +227,8 @@ def prepare(q: jax.Array, layer: Layer) -> Queries:
     norm = length * (d**-0.5 * num.NORM_SLACK)
     centre_norm = layer.key_centre_norm[:, None]
     reach = layer.reach[:, None]
-    reference = norm * (reach + centre_norm) - ROOM  # of any score, less the room that is left
+    # Of any score but those of the block being filled, less the room that is left.
+    reference = norm * (layer.reach_closed[:, None] + centre_norm) - ROOM
     shift = centre * per_log - reference * qr.LOG2_E
     unit = turned.scale * (16 * per_log)
     # Everything a score is made of, by magnitude, in nats; sums over channels are in `centre` and `total` alone.
