@@ -26,9 +26,9 @@ def swizzled(bits: int, minor: int) -> tuple:
     return plgpu.TilingTransform((8, 8 * swizzle // bits)), plgpu.SwizzleTransform(swizzle)
 
 
-def tile_ref(shape: tuple[int, ...], dtype) -> plgpu.SMEM:
-    """A shared-memory operand of the matrix unit."""
-    return plgpu.SMEM(shape, dtype, transforms=swizzled(jnp.dtype(dtype).itemsize * 8, shape[-1]))
+def tile_ref(shape: tuple[int, ...], dtype, slots: int | None = None) -> plgpu.SMEM:
+    """A shared-memory operand of the matrix unit; or `slots` of them."""
+    return _batched(shape, dtype, swizzled(jnp.dtype(dtype).itemsize * 8, shape[-1]), slots)
 
 
 def over_rows(x: jax.Array, rows: int) -> jax.Array:
@@ -90,11 +90,6 @@ def sum_products(rows: int, products, interpret) -> jax.Array:
     return pl.run_scoped(add, plgpu.ACC((rows, products[0][1].shape[1]), jnp.float32))
 
 
-def slots_ref(shape: tuple[int, ...], dtype, slots: int = 2) -> plgpu.SMEM:
-    """`slots` operands of the matrix unit."""
-    return _batched(shape, dtype, swizzled(jnp.dtype(dtype).itemsize * 8, shape[-1]), slots)
-
-
 def _batched(shape: tuple[int, ...], dtype, transforms: tuple, slots: int | None) -> plgpu.SMEM:
     if slots is None:
         return plgpu.SMEM(shape, dtype, transforms=transforms)
@@ -119,7 +114,7 @@ SUMS = 4
 def store_sums(w: jax.Array, scaled: jax.Array, nu, target) -> None:
     """`target`: [SUMS, C]. `w`, `scaled`: [TILE, C]; `nu`: [TILE] uint8."""
     target[0] = w.sum(axis=0)
-    target[1] = (w * over_columns(nu[...].astype(jnp.float32), w.shape[1])).sum(axis=0)
+    target[1] = times(w, nu).sum(axis=0)
     target[2] = (w * w).sum(axis=0)
     target[3] = scaled.sum(axis=0)
 

@@ -91,10 +91,6 @@ class _Step:
         self.queries = ops.prepare(self.q.reshape(-1, self.group, self.d), self.layer)
         self.n_tiles = self.cache.n_blocks
 
-    def per_head(self, x):
-        """`[b]` for every head: [H]."""
-        return jnp.repeat(x, self.n_heads, axis=0)
-
     def scan(self, only_windows: bool = False) -> _Scan:
         x, q = self.layer, self.queries
         meta = x.meta.at[:, 1].set(x.meta[:, 0]) if only_windows else x.meta
@@ -164,7 +160,7 @@ class _Step:
         return 2 * self.per_program + self.kernels.splits + 64
 
     def grouped(self, x):
-        """`[H, C, ...]` of the padded columns to `[b, Hkv, G, ...]`."""
+        """`[H, G, ...]` of the padded group to `[b, Hkv, group, ...]`."""
         return x[:, : self.group].reshape(self.batch, self.n_heads, self.group, *x.shape[2:])
 
     def finish(self, judged: bd.Judged, plan: Plan, passed: jax.Array, sound: jax.Array):

@@ -163,7 +163,7 @@ def judge(found: Pass, queries: Queries, layer: Layer, tiles: int, additions: in
     keys = by_level(level, *[key_terms(coarse, queries, layer, 0)] * 2, key_terms(fine, queries, layer, 1))
     values = by_level(level, *(value_terms(fine if i == FINEST else coarse, layer, i) for i in range(PROMOTE)))
     kappa = jnp.where(level == FINEST, layer.kappa_peak[..., 1], layer.kappa_peak[..., 0])
-    kappa = jnp.where(layer.active & (level != PROMOTE), kappa, 0.0)
+    kappa = jnp.where(level == PROMOTE, 0.0, kappa)
     delta = delta_of(queries, kappa)
     grown = num_expm1(delta)
     eta = jnp.where(level == FINEST, layer.eta_peak[..., 1], layer.eta_peak[..., 0])[..., None]

@@ -131,7 +131,7 @@ def attend_tiles(layer, levels, weights, q, keys, keys_low, key_scale, values, v
             plgpu.Barrier(num_arrivals=2 + 3 * PARTS),
             plgpu.Barrier(num_arrivals=2, num_barriers=AHEAD),
             plgpu.Barrier(num_arrivals=7),
-            mg.slots_ref((d, TILE // 2), jnp.int8, AHEAD),
+            mg.tile_ref((d, TILE // 2), jnp.int8, AHEAD),
             mg.weights_ref(columns, AHEAD),
             mg.tile_ref((TILE, d), jnp.int8),
             mg.tile_ref((TILE, half_d), jnp.int8),
