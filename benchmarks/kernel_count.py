@@ -18,7 +18,8 @@ import jax.numpy as jnp
 
 from certjax import Policy, TieredKVCache
 from certjax.bench.attention import SHAPE
-from certjax.fused.attention import fused_attention, fused_naive
+from certjax.fused.attention import fused_naive
+from certjax.fused.chain import chained_attention
 from certjax.fused.operands import shared
 from pallas_kernels.dispatch import mosaic_kernels
 
@@ -40,7 +41,7 @@ def main() -> None:
     q = jax.ShapeDtypeStruct((1, heads, group, d), jnp.float32)
     kernels = mosaic_kernels(heads)
     functions = {
-        "certified": lambda q, c, *x: _packed(*fused_attention(q, c, x[0], policy, kernels, jnp.ones(1, bool), x[1])),
+        "certified": lambda q, c, *x: _packed(*chained_attention(q, c, x[0], policy, kernels, jnp.ones(1, bool), x[1])),
         "naive": lambda q, c, *x: (fused_naive(q, c, x[0], policy, kernels, x[1]), None),
     }
     for name, f in functions.items():

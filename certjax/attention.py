@@ -6,6 +6,8 @@ because the `G` query heads of a group share keys, values and page-ins.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -18,6 +20,7 @@ from certjax.certificate import Certificate
 from certjax.costs import read_costs
 from certjax.errors import InvalidArgumentError
 from certjax.fused.attention import fused_attention, fused_naive
+from certjax.fused.chain import chained_attention
 from certjax.fused.dispatch import FUSED, kernels_of, pick_backend
 from certjax.fused.operands import Shared, shared
 from certjax.policy import Policy
@@ -62,8 +65,8 @@ def certified_attention(
     backend = pick_backend(policy, cache, q.shape[1])
     if backend in FUSED and cache.layer is None:  # a view of one layer has been copied out of the stack already
         sound = checks.fingerprints_ok(cache, policy.scrub).all(1) if policy.scrub else jnp.ones(q.shape[0], bool)
-        kernels = kernels_of(backend, groups.shape[0] * groups.shape[1])
-        out, certificate = fused_attention(groups, cache.stacked(), jnp.int32(0), policy, kernels, sound)
+        attend = _fused(policy, backend, groups)
+        out, certificate = attend(groups, cache.stacked(), jnp.int32(0), sound=sound)
         return _flat(out), _flat_record(certificate)
     problem = reading.build(groups, cache)
     attempt = {"paper": _by_mass, "budget": _within_budget, "observe": _as_stored}[policy.kind]
@@ -92,9 +95,14 @@ def certified_layer(
         return certified_attention(q, cache.at(layer), policy)
     cache.require_tier2()
     groups = _grouped(q, cache)
-    kernels = kernels_of(backend, groups.shape[0] * groups.shape[1])
-    out, certificate = fused_attention(groups, cache, layer, policy, kernels, cache.sound, common)
+    out, certificate = _fused(policy, backend, groups)(groups, cache, layer, sound=cache.sound, common=common)
     return _flat(out), _flat_record(certificate)
+
+
+def _fused(policy: Policy, backend: str, groups: jax.Array):
+    kernels = kernels_of(backend, groups.shape[0] * groups.shape[1])
+    attend = chained_attention if kernels.chained and policy.tolerance is not None else fused_attention
+    return functools.partial(attend, policy=policy, kernels=kernels)
 
 
 def naive_layer(

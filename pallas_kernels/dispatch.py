@@ -4,39 +4,55 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 from collections.abc import Callable
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-    """The kernels of a fused step, and into how many programs the tiles of a head are dealt."""
+    """The kernels of a fused step."""
 
     name: str
     scan: Callable
     attend: Callable
+    refine: Callable
     originals: Callable
-    splits: int
+    splits: int  # most parts that sums over a head's tiles come in
+    fewest: int  # and least, of those that originals are dealt out to
+    chained: bool = False  # what is between them runs in Triton kernels, see `certjax.fused.chain`
+
+
+PROCESSORS = 132
+"""Of an H100. How many programs of a kernel run on one at once is a matter of registers and shared memory."""
+
+WINDOWS = 3
+"""Tiles of the windows, at the default sizes, each of which has a program of its own in the scan."""
 
 
 def reference_kernels(splits: int = 4) -> Kernels:
     """The `jnp` twins: every device, for tests."""
-    from pallas_kernels.attend import tiles as attend
-    from pallas_kernels.originals import reference as originals
-    from pallas_kernels.scan import reference as scan
+    from pallas_kernels.attend.tiles import attend_tiles
+    from pallas_kernels.originals.reference import attend_originals
+    from pallas_kernels.refine.reference import refine_tiles
+    from pallas_kernels.scan.reference import scan_tiles
 
-    return _bound("reference", scan, attend, originals, splits)
+    dealt = (functools.partial(f, splits=splits) for f in (attend_tiles, refine_tiles, attend_originals))
+    return Kernels("reference", scan_tiles, *dealt, splits, splits)
 
 
 def mosaic_kernels(n_heads: int) -> Kernels:
     """Pallas on Mosaic GPU. `n_heads`: KV heads of all sequences, which share the device's processors."""
-    from pallas_kernels.attend import mosaic as attend
-    from pallas_kernels.originals import mosaic as originals
-    from pallas_kernels.scan import mosaic as scan
+    from pallas_kernels.attend.mosaic import attend_tiles
+    from pallas_kernels.originals.mosaic import attend_originals
+    from pallas_kernels.refine.mosaic import READERS, refine_tiles
+    from pallas_kernels.scan.mosaic import scan_tiles
 
-    splits = max(1, min(32, 256 // n_heads))
-    return _bound("mosaic_gpu", scan, attend, originals, splits)
+    def dealt(kernel, at_once: int, others: int = 0):
+        return functools.partial(kernel, splits=max(1, min(64, at_once * PROCESSORS // n_heads - others)))
 
-
-def _bound(name: str, scan, attend, originals, splits: int) -> Kernels:
-    functions = (scan.scan_tiles, attend.attend_tiles, originals.attend_originals)
-    return Kernels(name, *(functools.partial(f, splits=splits) for f in functions), splits)
+    attend, originals = dealt(attend_tiles, 4), dealt(attend_originals, 2)
+    return Kernels(
+        "mosaic_gpu", dealt(scan_tiles, 3, WINDOWS), attend, dealt(refine_tiles, 2, READERS), originals,
+        splits=attend.keywords["splits"], fewest=min(READERS, originals.keywords["splits"]),
+        chained=importlib.util.find_spec("triton") is not None,
+    )  # fmt: skip

@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.query import PARTS, together
+from pallas_kernels.query import PARTS, row_of_flags, together
 
 TILE = 128
 """Tokens of a block that the kernels read."""
@@ -124,15 +124,10 @@ def times(w: jax.Array, ref) -> jax.Array:
     return w * over_columns(ref[...].astype(jnp.float32), w.shape[1])
 
 
-FLAGS = 256
-"""Longest row that one copy takes."""
-
-
 def rows_of_flags(chosen: jax.Array) -> jax.Array:
     """`[H, n]` int32 -> [H, r, w], padded with 0 to whole rows of whole 16 bytes."""
-    n = chosen.shape[1]
-    width = min(FLAGS, n + -n % 4)
-    return jnp.pad(chosen, ((0, 0), (0, -n % width))).reshape(chosen.shape[0], -1, width)
+    width, length = row_of_flags(chosen.shape[1])
+    return jnp.pad(chosen, ((0, 0), (0, length - chosen.shape[1]))).reshape(chosen.shape[0], -1, width)
 
 
 def list_chosen(flags, level: int, order, split: jax.Array, splits: int) -> jax.Array:

@@ -39,6 +39,22 @@ def folded(x: jax.Array) -> jax.Array:
     return sum(jnp.split(x, 2, axis=-1))
 
 
+def row_of_flags(n: int) -> tuple[int, int]:
+    """Length of a row of int32 that one copy takes, whole 16 bytes and at most 256; and of whole rows for `n`."""
+    width = min(256, n + -n % 4)
+    return width, n + -n % width
+
+
+def twice(x: jax.Array) -> jax.Array:
+    """`[..., G]` as kernels return sums, columns repeated: `[..., C]`."""
+    return jnp.concatenate([x, x], -1)
+
+
+def whole(x: jax.Array) -> jax.Array:
+    """`[..., G]` as kernels return products, in two halves to be added up: `[..., C]`."""
+    return jnp.concatenate([x, jnp.zeros_like(x)], -1)
+
+
 PARTS = 3
 """Bytes of a fixed-point query, the most significant first."""
 
@@ -103,7 +119,7 @@ def operands(turned: Fixed, plain: Fixed, rows: list[jax.Array]) -> Operands:
     """Repeats the columns. `rows`: of `numbers`, [H, G] each."""
     parts = [*jnp.unstack(turned.parts, axis=1), *jnp.unstack(plain.parts, axis=1)]  # [H, G, d]
 
-    def twice(x):
+    def repeated(x):
         return jnp.stack([jnp.concatenate([y, y], 1) for y in x], 1)
 
-    return Operands(twice(parts[:PARTS]), twice(parts).astype(jnp.bfloat16), twice(rows))
+    return Operands(repeated(parts[:PARTS]), repeated(parts).astype(jnp.bfloat16), repeated(rows))

@@ -1,11 +1,15 @@
 """Shared fixtures. Hypothesis runs derandomized, so that a run of the suite is a run anybody can repeat."""
 
 import gc
+import os
 from pathlib import Path
 
 import jax
 import pytest
 from hypothesis import HealthCheck, settings
+
+if jax.default_backend() != "gpu":  # before any kernel is imported: Triton interprets them
+    os.environ["TRITON_INTERPRET"] = "1"
 
 settings.register_profile(
     "certjax", deadline=None, derandomize=True, print_blob=True, suppress_health_check=[HealthCheck.too_slow]

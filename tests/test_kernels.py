@@ -47,16 +47,17 @@ def calls(d: int):
     _, x, q, _ = operands(d)
     chosen = (jax.random.uniform(jax.random.key(1), x.active.shape) < 0.6) & x.active
     flags = chosen.astype(jnp.int32)
-    levels = flags * jax.random.randint(jax.random.key(2), flags.shape, 1, 3)
+    levels = flags * jax.random.randint(jax.random.key(2), flags.shape, 1, 4)
     scan = (x.index, x.meta, q.kernel, x.keys, x.key_scale, x.value_scale, x.nu, x.live, x.windows)
     weights = dispatch.reference_kernels().scan(*scan)[1]
     return {
         "scan": scan,
-        "attend": (
-            x.index, levels, weights, q.kernel, x.keys, x.keys_low, x.key_scale, x.values, x.values_low,
-            x.value_scale, x.nu,
+        "attend": (x.index, levels, weights, x.values),
+        "refine": (
+            x.index, x.meta, levels, jnp.stack([(levels == i).sum(1) for i in range(5)], 1).astype(jnp.int32), q.kernel,
+            x.keys, x.keys_low, x.key_scale, x.values, x.values_low, x.value_scale, x.nu, x.host_keys, x.host_values,
         ),
-        "originals": (x.index, x.meta, flags, q.kernel, x.host_keys, x.host_values),
+        "originals": (x.index, x.meta, flags, flags.max(1), q.kernel, x.host_keys, x.host_values),
     }, np.asarray(x.active), np.asarray(levels)  # fmt: skip
 
 
@@ -125,8 +126,9 @@ def test_scan_sums_weights_of_coarse_keys(d):
 def test_attend_sums_values_at_their_level(d):
     cache, x, q, plain = operands(d)
     arguments, _, levels = calls(d)
-    acc, stats = dispatch.reference_kernels(3).attend(*arguments["attend"])
-    assert acc.shape[1] == 3 and {1, 2} <= set(levels.ravel())
+    kernels = dispatch.reference_kernels(3)
+    acc, (fine, stats, *_) = kernels.attend(*arguments["attend"]), kernels.refine(*arguments["refine"])
+    assert acc.shape[1] == 3 and {1, 2, 3} <= set(levels.ravel())
     codes = jax.tree.map(lambda a: a[1], cache.codes)
     want, offset, per_token = 0.0, 0.0, np.repeat(levels, 128, axis=1)[..., None]
     for level, less in ((1, 2.0), (2, 2.5)):
@@ -134,7 +136,7 @@ def test_attend_sums_values_at_their_level(d):
         want += np.einsum("hnc,hnd->hdc", w, f64(cache.codec.values(codes, level - 1)).reshape(B * H, N, d))
         offset += less * (w * f64(x.value_scale[1])[..., None]).sum(1)[:, None]
     group = GROUPS[d]
-    got = f64(acc.sum(1))[..., :group] + offset
+    got = f64((acc + fine).sum(1))[..., :group] + offset
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-3 * np.abs(want).max())
     w = w.reshape(B * H, -1, 128, group).sum(2)
     np.testing.assert_allclose(stats[:, :, 0, :group], w, rtol=2e-5, atol=1e-6 * w.max())
@@ -145,7 +147,7 @@ def test_dense_pass_over_originals_is_attention(d):
     _, x, q, plain = operands(d)
     everything = jnp.ones(x.active.shape, jnp.int32)
     acc, sums = dispatch.reference_kernels(3).originals(
-        x.index, x.meta, everything, q.kernel, x.host_keys, x.host_values
+        x.index, x.meta, everything, everything[:, 0], q.kernel, x.host_keys, x.host_values
     )
     scale = np.exp2(f64(sums)[:, :, 3] - f64(sums)[:, :, 3].max(1, keepdims=True))
     out = (f64(acc) * scale[:, :, None]).sum(1) / (f64(sums)[:, :, 0] * scale).sum(1)[:, None]
@@ -171,7 +173,7 @@ def test_kernels_lower_for_cuda_without_a_gpu(d):
 
     lowered = step.trace(q, shapes).lower(lowering_platforms=("cuda",))
     calls = re.findall(r"custom_call @(\w*mosaic_gpu\w*)", lowered.as_text())
-    assert len(calls) == 4  # scan, attend, promoted tiles, dense heads
+    assert len(calls) == 4  # scan, second pass, few tiles, dense heads
 
 
 def interpreted():
@@ -180,7 +182,7 @@ def interpreted():
     return mosaic.InterpretGPUParams(detect_races=True)
 
 
-KERNELS = pytest.mark.parametrize("name", ["scan", "attend", "originals"])
+KERNELS = pytest.mark.parametrize("name", ["scan", "attend", "refine", "originals"])
 SLOTS = 256
 """KV heads for which a head has one program: it reads nine tiles, more than there are slots for."""
 
@@ -217,9 +219,18 @@ def check_against_twin(d, name, kernel):
         if name == "scan":
             stats, halves, *windows = result
             halves = np.asarray(halves, np.float32).swapaxes(2, 3)
-            return [np.asarray(stats)[active], np.asarray(qr.folded(halves))[active], *map(np.asarray, windows)]
+            stats = np.asarray(stats)
+            acc, sums = windows
+            return [np.asarray(x) for x in (stats[active], qr.folded(halves)[active], qr.folded(acc), sums)]
         if name == "attend":
-            return [np.asarray(result[0].sum(1)), np.asarray(result[1])[levels == 2]]
+            return [np.asarray(qr.folded(result.sum(1)))]
+        if name == "refine":
+            acc, stats, *host = result
+            fine, promoted = ((levels == i).any(1) for i in (2, 3))
+            return [
+                np.asarray(qr.folded(acc.sum(1)))[fine], np.asarray(stats)[levels == 2],
+                ops_joined(*(np.asarray(x)[promoted] for x in host)),
+            ]  # fmt: skip
         return [ops_joined(*result)]
 
     got, want = map(meaningful, results)
@@ -232,4 +243,4 @@ def check_against_twin(d, name, kernel):
 def ops_joined(acc, sums):
     """`sum w v` in units of the largest weight."""
     scale = np.exp2(f64(sums)[:, :, 3] - f64(sums)[:, :, 3].max(1, keepdims=True))
-    return (f64(acc) * scale[:, :, None]).sum(1)
+    return qr.folded((f64(acc) * scale[:, :, None]).sum(1))

@@ -20,6 +20,8 @@ from certjax.fused.ladder import allotted, heads_to_give_up
 from certjax.fused.plan import Plan, choose
 from certjax.policy import Policy
 from pallas_kernels.dispatch import Kernels
+from pallas_kernels.originals.reference import LOWEST
+from pallas_kernels.query import distinct, folded
 
 
 def fused_attention(
@@ -97,8 +99,8 @@ class _Step:
         stats, weights, acc, window_sums = self.kernels.scan(
             x.index, meta, q.kernel, x.keys, x.key_scale, x.value_scale, x.nu, x.live, x.windows
         )
-        sums = bd.tile_sums(jnp.where(x.active[..., None, None], stats, 0.0), x)
-        return _Scan(sums, weights, bd.exact_of(acc, window_sums))
+        sums = bd.tile_sums(jnp.where(x.active[..., None, None], distinct(stats, 3), 0.0), x)
+        return _Scan(sums, weights, bd.exact_of(folded(acc), distinct(window_sums, 3)))
 
     def everything(self) -> Plan:
         """Tier 1 as finely as it is stored."""
@@ -113,22 +115,30 @@ class _Step:
     def attend(self, scan: _Scan, plan: Plan, *, promote: bool) -> bd.Pass:
         """Read what a plan asks for; without `promote` it asks for nothing of tier 2."""
         x, q = self.layer, self.queries
-        acc, stats = self.kernels.attend(
-            x.index, plan.level, scan.weights, q.kernel, x.keys, x.keys_low, x.key_scale, x.values, x.values_low,
-            x.value_scale, x.nu,
+        counts = jnp.stack([(plan.level == i).sum(1) for i in range(5)], 1).astype(jnp.int32)
+        acc = self.kernels.attend(x.index, plan.level, scan.weights, x.values)
+        fine, stats, *host = self.kernels.refine(
+            x.index, x.meta, plan.level, counts, q.kernel, x.keys, x.keys_low, x.key_scale, x.values, x.values_low,
+            x.value_scale, x.nu, *((x.host_keys, x.host_values) if promote else (None, None)),
         )  # fmt: skip
-        exact = bd.joined(scan.windows, self.originals(plan.level == bd.PROMOTE)) if promote else scan.windows
-        return bd.Pass(scan.sums, bd.tile_sums(stats, x), plan.level, acc.sum(1), exact)
+        fine = jnp.where(counts[:, bd.FINEST, None, None] > 0, fine.sum(1), 0.0)
+        exact = scan.windows
+        if promote:
+            exact = bd.joined(exact, _found(host, counts[:, bd.PROMOTE] > 0))
+        return bd.Pass(scan.sums, bd.tile_sums(distinct(stats, 3), x), plan.level, folded(acc.sum(1) + fine), exact)
 
-    def originals(self, chosen: jax.Array, *, alone: bool = False) -> bd.Exact:
-        """Attend to the originals of the `chosen` tiles `[H, NT]`, from the host; `alone` if to nothing else."""
+    def dense(self, heads: jax.Array) -> bd.Exact:
+        """Attend to all originals of `heads` `[H]`, and to nothing else."""
         x, q = self.layer, self.queries
-        return bd.exact_of(
-            *self.kernels.originals(
-                x.index, x.meta, chosen.astype(jnp.int32), q.kernel, x.host_keys, x.host_values, alone=alone
+        chosen = (jnp.arange(self.n_tiles) * ops.TILE < x.meta[:, 2:]) & heads[:, None]
+        return _found(
+            self.kernels.originals(
+                x.index, x.meta, chosen.astype(jnp.int32), heads.astype(jnp.int32), q.kernel, x.host_keys,
+                x.host_values, alone=True,
             ),
-            alone=alone,
-        )
+            heads,
+            alone=True,
+        )  # fmt: skip
 
     def consistent(self, scan: _Scan, plan: Plan, found: bd.Pass) -> jax.Array:
         """Canary: promoted tiles weigh by their originals what they weigh by tier 1, within its bound: [b, Hkv, G]."""
@@ -151,13 +161,11 @@ class _Step:
 
     @property
     def per_program(self) -> int:
-        """Most tiles that a program reads."""
-        return -(-self.n_tiles // self.kernels.splits)
+        return per_program_of(self.n_tiles, self.kernels)
 
     @property
     def additions(self) -> int:
-        """Most float32 roundings that a tile's sum goes through on its way into the sum of all."""
-        return 2 * self.per_program + self.kernels.splits + 64
+        return additions_of(self.n_tiles, self.kernels)
 
     def grouped(self, x):
         """`[H, G, ...]` of the padded group to `[b, Hkv, group, ...]`."""
@@ -169,8 +177,7 @@ class _Step:
         row_failed = ~(sound & (jnp.isfinite(norm) & passed).all((1, 2)))  # [b]
         gone = plan.give_up.reshape(self.batch, -1)
         dense = heads_to_give_up(self.policy, norm, e_total, gone) | row_failed[:, None]  # [b, Hkv]
-        tiles = jnp.arange(self.n_tiles) * ops.TILE < self.layer.meta[:, 2:]
-        found = self.originals(tiles & dense.reshape(-1)[:, None], alone=True)
+        found = self.dense(dense.reshape(-1))
         exact, exact_norm, error = bd.judge_dense(
             found, self.queries, self.cache.capacity, self.per_program, self.additions
         )
@@ -196,7 +203,7 @@ class _Step:
         ok = jnp.ones(shape, bool)
         first = jnp.arange(self.group) == 0
         windows = sum(x.live[:, i] for i in range(x.live.shape[1])).astype(jnp.float32) * (4 * self.d)
-        tier1 = sum(n * _bytes(self.d, i) for i, n in enumerate(counts[:3]))
+        tier1 = sum(n * bytes_of_a_tile(self.d, i) for i, n in enumerate(counts[:3]))
         length = self.cache.length[:, None, None].astype(jnp.float32)
         paged = (jnp.where(dense, length, 0.0) + counts[3] * ops.TILE) * (4.0 * self.d)
         return Certificate(
@@ -222,10 +229,28 @@ class _Step:
         )
 
 
+def _found(host, some: jax.Array, *, alone: bool = False) -> bd.Exact:
+    """Of the heads `[H]` that something was read of."""
+    acc, sums = host
+    some, nothing = some[:, None, None, None], jnp.array([0.0, 0.0, 0.0, LOWEST])[:, None]
+    acc, sums = jnp.where(some, folded(acc), 0.0), jnp.where(some, distinct(sums, 3), nothing)
+    return bd.exact_of(acc, sums, alone=alone)
+
+
 _BOUNDS = ("e_key", "e_val", "e_arith", "e_total", "e_key_paper", "e_val_paper")
 
 
-def _bytes(d: int, level: int) -> float:
+def per_program_of(n_tiles: int, kernels: Kernels) -> int:
+    """Most tiles that a program reads."""
+    return -(-n_tiles // kernels.fewest)
+
+
+def additions_of(n_tiles: int, kernels: Kernels) -> int:
+    """Most float32 roundings that a tile's sum goes through on its way into the sum of all."""
+    return 2 * per_program_of(n_tiles, kernels) + 2 * kernels.splits + 64
+
+
+def bytes_of_a_tile(d: int, level: int) -> float:
     """Of a tile: what the scan (level 0) reads and writes, and what the second pass reads at a level."""
     weights = 8 * 2  # of a token, for a group of up to 4 query heads
     return (

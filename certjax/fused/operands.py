@@ -67,7 +67,7 @@ class Shared:
     largest: jax.Array  # [L, 6, H] float32: reach, nu_max, eta_max, reach_closed, norms of the centres
 
 
-def _by_head(x: jax.Array) -> jax.Array:
+def by_head(x: jax.Array) -> jax.Array:
     """`[L, b, Hkv, ...]` -> `[L, H, ...]` float32."""
     return x.reshape(x.shape[0], -1, *x.shape[3:]).astype(jnp.float32)
 
@@ -92,10 +92,10 @@ def shared(cache: TieredKVCache) -> Shared:
 
     active, closed = per_head(active), per_head(block < last[:, None])
     meta = jnp.stack([jnp.full_like(length, first), end, length], -1)
-    k_norm, nu, eta = (_by_head(x) for x in (notes.k_norm, notes.nu.peak, notes.eta.peak.max(-1)))
+    k_norm, nu, eta = (by_head(x) for x in (notes.k_norm, notes.nu.peak, notes.eta.peak.max(-1)))
     peaks = ((k_norm, active), (nu, active), (eta, active), (k_norm, closed))
     largest = rd.together(2, *((jnp.where(of, x, 0.0), rd.MAX) for x, of in peaks))  # [L, H]
-    centres = (_by_head(x) for x in (cache.stats.key_centre, cache.stats.value_centre))  # [L, H, d]
+    centres = (by_head(x) for x in (cache.stats.key_centre, cache.stats.value_centre))  # [L, H, d]
     norms = [
         jnp.sqrt(x) * num.NORM_SLACK + cache.head_dim**0.5 * VANISHED for x in rd.sums(-1, *(x**2 for x in centres))
     ]
@@ -115,7 +115,7 @@ def layer_of(cache: TieredKVCache, layer: jax.Array, common: Shared) -> Layer:
         return x.reshape(x.shape[0], -1, math.prod(rest[: drop + 1]), *rest[drop + 1 :])
 
     def here(x):  # [L, b, Hkv, ...] -> this layer's [H, ...], float32
-        return _by_head(jax.lax.dynamic_slice_in_dim(x, layer, 1, 0))[0]
+        return by_head(jax.lax.dynamic_slice_in_dim(x, layer, 1, 0))[0]
 
     codes, notes, active = cache.codes, cache.notes, common.active[..., None]
     host = (None, None)

@@ -13,24 +13,44 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic as mg
 from pallas_kernels.mosaic import TILE
-from pallas_kernels.query import PARTS, SHIFT_EXACT, UNIT_EXACT, distinct, folded, together
+from pallas_kernels.query import PARTS, SHIFT_EXACT, UNIT_EXACT, together
+
+ROWS = 64
+"""Tokens, or channels, that are looked at at once: what a whole tile takes of registers would leave room for fewer
+programs."""
 
 LOWEST = -1e30
 """Score of what is not attended to."""
 
 
-def attend_original_tile(keys, values, live, queries, unit, shift, buffers, carry, interpret):
-    """One tile of originals in global memory (of the device or of the host): [TILE, d] bfloat16 each, `live` tokens."""
-    k, v, weights = buffers
-    acc, total, k_max, v_max, peak = carry  # the squares of the longest key and value; the largest score
-    d, columns = keys.shape[-1], unit.shape[1]
+def load_from_host(sources, targets) -> None:
+    """Tiles `[TILE, d]` bfloat16 of memory that the copy engine does not reach, by the threads themselves: all are on
+    their way before the first arrives."""
+    d = sources[0].shape[-1]
     copied = plgpu.Layout.SMEM_GMEM_COPY((TILE, d), jnp.bfloat16, plgpu.find_swizzle(16 * d))
-    plgpu.commit_smem()  # a barrier: no warp reads the tile before any more
-    k[...] = plgpu.load(keys, layout=copied, optimized=False)
-    v[...] = plgpu.load(values, layout=copied, optimized=False)
+    tiles = [plgpu.load(source, layout=copied, optimized=False) for source in sources]
+    for tile, target in zip(tiles, targets, strict=True):
+        target[...] = tile
     plgpu.commit_smem()
 
-    x = together([mg.sum_products(TILE, [(k, q.transpose((1, 0)))], interpret) for q in queries]) * unit + shift
+
+def attend_original_tile(
+    live, queries, unit, shift, keys, values, weights, carry, interpret, values_ready=lambda: None
+):
+    """One tile of originals in shared memory, [TILE, d] bfloat16 each, of which the first `live` tokens count. Values
+    may share the memory of the keys; `values_ready` then puts them there once the keys have been read."""
+    acc, total, k_max, v_max, peak = carry  # the squares of the longest key and value; the largest score
+    columns = unit.shape[1]
+
+    def largest(ref):
+        def visit(i, found):
+            x = ref[pl.ds(i * ROWS, ROWS)].astype(jnp.float32)
+            return jnp.maximum(found, mg.over_columns((x * x).sum(axis=1), columns).max(axis=0))
+
+        return lax.fori_loop(0, TILE // ROWS, visit, jnp.zeros((columns,), jnp.float32))
+
+    k_max = jnp.maximum(k_max, largest(keys))
+    x = together([mg.sum_products(TILE, [(keys, q.transpose((1, 0)))], interpret) for q in queries]) * unit + shift
     seen = lax.broadcasted_iota(jnp.int32, (TILE, columns), 0) < live
     x = jnp.where(seen, x, jnp.full((TILE, columns), LOWEST, jnp.float32))
     higher = jnp.maximum(peak, x.max(axis=0))
@@ -39,21 +59,15 @@ def attend_original_tile(keys, values, live, queries, unit, shift, buffers, carr
     p = jnp.where(seen, p, jnp.zeros((TILE, columns), jnp.float32))
     mg.store_weights(p, weights)
     plgpu.commit_smem()
-    turned = v.transpose((1, 0))[...]
-    product = mg.sum_products(d, [(turned, weights.transpose((1, 0)))], interpret)
-    acc = acc * mg.over_rows(shrink, d) + product
+    values_ready()
 
-    def largest(ref):
-        x = ref[...].astype(jnp.float32)
-        return mg.over_columns((x * x).sum(axis=1), columns).max(axis=0)
+    def product(j):
+        channels = values.transpose((1, 0))[pl.ds(j * ROWS, ROWS)]
+        return mg.sum_products(ROWS, [(channels, weights.transpose((1, 0)))], interpret)
 
+    acc = tuple(part * mg.over_rows(shrink, ROWS) + product(j) for j, part in enumerate(acc))
     total = total * shrink + p.sum(axis=0)
-    return acc, total, jnp.maximum(k_max, largest(k)), jnp.maximum(v_max, largest(v)), higher
-
-
-def scratch_of_a_tile(d: int, columns: int) -> list:
-    """Shared memory for `attend_original_tile`."""
-    return [*[mg.tile_ref((TILE, d), jnp.bfloat16)] * 2, mg.weights_ref(columns)]
+    return acc, total, k_max, jnp.maximum(v_max, largest(values)), higher
 
 
 def load_exact_queries(h, q_ref, numbers_ref, queries, numbers, barrier) -> None:
@@ -65,12 +79,14 @@ def load_exact_queries(h, q_ref, numbers_ref, queries, numbers, barrier) -> None
 
 def nothing(d: int, columns: int):
     zero = jnp.zeros((columns,), jnp.float32)
-    return jnp.zeros((d, columns), jnp.float32), zero, zero, zero, jnp.full((columns,), LOWEST, jnp.float32)
+    acc = (jnp.zeros((ROWS, columns), jnp.float32),) * (d // ROWS)
+    return acc, zero, zero, zero, jnp.full((columns,), LOWEST, jnp.float32)
 
 
 def store_result(carry, out, sums, out_ref, sums_ref) -> None:
     acc, *rest = carry
-    out[...] = acc
+    for j, part in enumerate(acc):
+        out[pl.ds(j * ROWS, ROWS)] = part
     for i, row in enumerate(rest):
         sums[i] = row
     plgpu.commit_smem()
@@ -78,35 +94,71 @@ def store_result(carry, out, sums, out_ref, sums_ref) -> None:
     plgpu.copy_smem_to_gmem(sums, sums_ref)
 
 
-def attend_originals(layer, meta, chosen, q, keys, values, *, splits: int, alone=False, interpret=False):
-    n_layers, heads, n, d = keys.shape
-    columns = q.parts.shape[2]
-    chosen = mg.rows_of_flags(chosen)
+def attend_chosen_originals(
+    h, part, layer, length, flags_ref, level: int, q_ref, numbers_ref, host_refs, found_refs, parts: int, *,
+    alone: bool, interpret,
+):  # fmt: skip
+    """What program `part` of `parts` does for a head: attend to the tiles that `flags_ref` has at a level."""
+    k_ref, v_ref = host_refs
+    acc_ref, sums_ref = found_refs
 
-    def kernel(layer_ref, meta_ref, chosen_ref, q_ref, numbers_ref, k_ref, v_ref, acc_ref, sums_ref, *scratch):
-        flags, numbers, order, out, sums, barrier, *rest = scratch
-        queries, buffers = rest[:PARTS], rest[PARTS:]
-        h, split = lax.axis_index("h"), lax.axis_index("s")
-        layer, length = layer_ref[0], meta_ref[h, 2]
-        plgpu.copy_gmem_to_smem(chosen_ref.at[h], flags, barrier)
+    def attend(flags, numbers, order, out, sums, barrier, *rest):
+        queries, (keys, values, weights) = rest[:PARTS], rest[PARTS:]
+        d, columns = out.shape
+        plgpu.copy_gmem_to_smem(flags_ref.at[h], flags, barrier)
         load_exact_queries(h, q_ref, numbers_ref, queries, numbers, barrier)
         plgpu.barrier_wait(barrier)
-
-        count = mg.list_chosen(flags, 1, order, split, splits)
+        count = mg.list_chosen(flags, level, order, part, parts)
         unit = mg.over_rows(numbers[UNIT_EXACT], TILE)
         shift = jnp.zeros((TILE, columns), jnp.float32) if alone else mg.over_rows(numbers[SHIFT_EXACT], TILE)
 
         def visit(i, carry):
             start = order[i] * TILE
             here = pl.ds(start, TILE)
+            plgpu.commit_smem()  # a barrier: no warp reads the tile before any more
+            load_from_host((k_ref.at[layer, h, here], v_ref.at[layer, h, here]), (keys, values))
             return attend_original_tile(
-                k_ref.at[layer, h, here], v_ref.at[layer, h, here], length - start, queries, unit, shift, buffers,
-                carry, interpret,
-            )  # fmt: skip
+                length - start, queries, unit, shift, keys, values, weights, carry, interpret
+            )
 
         carry = lax.fori_loop(0, count, visit, nothing(d, columns))
-        store_result(carry, out, sums, acc_ref.at[h, split], sums_ref.at[h, split])
+        store_result(carry, out, sums, acc_ref.at[h, part], sums_ref.at[h, part])
         plgpu.wait_smem_to_gmem(0)
+
+    return attend
+
+
+def scratch_of_originals(rows: tuple[int, int], parts: int, q) -> list:
+    """Shared memory for what `attend_chosen_originals` returns. `rows`: of the flags."""
+    columns, d = q.parts.shape[2:]
+    return [
+        plgpu.SMEM(rows, jnp.int32),
+        plgpu.SMEM(q.numbers.shape[1:], jnp.float32),
+        plgpu.SMEM((-(-rows[0] * rows[1] // parts),), jnp.int32),
+        plgpu.SMEM((d, columns), jnp.float32),
+        plgpu.SMEM((4, columns), jnp.float32),
+        plgpu.Barrier(num_arrivals=2 + PARTS),
+        *[mg.tile_ref((columns, d), jnp.bfloat16)] * PARTS,
+        *[mg.tile_ref((TILE, d), jnp.bfloat16)] * 2,
+        mg.weights_ref(columns),
+    ]
+
+
+def attend_originals(layer, meta, chosen, some, q, keys, values, *, splits: int, alone=False, interpret=False):
+    n_layers, heads, n, d = keys.shape
+    columns = q.parts.shape[2]
+    chosen = mg.rows_of_flags(chosen)
+
+    def kernel(layer_ref, meta_ref, some_ref, chosen_ref, q_ref, numbers_ref, k_ref, v_ref, acc_ref, sums_ref):
+        h, split = lax.axis_index("h"), lax.axis_index("s")
+
+        @pl.when(some_ref[h] > 0)
+        def _():
+            attend = attend_chosen_originals(
+                h, split, layer_ref[0], meta_ref[h, 2], chosen_ref, 1, q_ref, numbers_ref, (k_ref, v_ref),
+                (acc_ref, sums_ref), splits, alone=alone, interpret=interpret,
+            )  # fmt: skip
+            pl.run_scoped(attend, *scratch_of_originals(chosen.shape[1:], splits, q))
 
     f32 = jnp.float32
     run = plgpu.kernel(
@@ -117,18 +169,8 @@ def attend_originals(layer, meta, chosen, q, keys, values, *, splits: int, alone
         ],
         grid=(heads, splits),
         grid_names=("h", "s"),
+        kernel_name="attend_originals",
         compiler_params=mg.PARAMS,
-        scratch_types=[
-            plgpu.SMEM(chosen.shape[1:], jnp.int32),
-            plgpu.SMEM(q.numbers.shape[1:], f32),
-            plgpu.SMEM((-(-chosen.shape[1] * chosen.shape[2] // splits),), jnp.int32),
-            plgpu.SMEM((d, columns), f32),
-            plgpu.SMEM((4, columns), f32),
-            plgpu.Barrier(num_arrivals=2 + PARTS),
-            *[mg.tile_ref((columns, d), jnp.bfloat16)] * PARTS,
-            *scratch_of_a_tile(d, columns),
-        ],
         interpret=interpret,
     )
-    acc, sums = run(layer, meta, chosen, q.wide, q.numbers, keys, values)
-    return folded(acc), distinct(sums, 3)
+    return run(layer, meta, some, chosen, q.wide, q.numbers, keys, values)

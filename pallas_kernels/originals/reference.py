@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.query import PARTS, SHIFT_EXACT, UNIT_EXACT, Operands, distinct, together
+from pallas_kernels.query import PARTS, SHIFT_EXACT, UNIT_EXACT, Operands, distinct, together, twice, whole
 
 TILE = 128
 LOWEST = -1e30
@@ -42,6 +42,7 @@ def attend_originals(
     layer: jax.Array,  # [1] int32
     meta: jax.Array,  # [H, 3] int32
     chosen: jax.Array,  # [H, NT or more] int32, 1 where a tile is read
+    some: jax.Array,  # [H] int32, 0 where none is: nothing is found of such a head (in the kernel: anything)
     q: Operands,
     keys: jax.Array,  # [L, H, N, d] bfloat16, in host memory or on the device
     values: jax.Array,  # [L, H, N, d] bfloat16
@@ -49,7 +50,8 @@ def attend_originals(
     splits: int = 1,
     alone: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """As `attend_tile_of_originals`, of the chosen tiles: [H, S, d, G], [H, S, 4, G], in S = `splits` parts, programs
+    """As `attend_tile_of_originals`, of the chosen tiles: [H, S, d, C], halves to be
+    added up, and [H, S, 4, C], in S = `splits` parts, programs
     that share the tiles of a head. `alone`: scores are not less the reference, which rests on what is known of tier 1.
     """
     heads, n, d = keys.shape[1:]
@@ -70,7 +72,8 @@ def attend_originals(
     peak = sums[..., 3, :].max(0)
     scale = jnp.exp2(sums[..., 3, :] - peak)
     total = (sums[..., 0, :] * scale).sum(0)
-    return (acc * scale[..., None, :]).sum(0), jnp.stack([total, *(sums[..., i, :].max(0) for i in (1, 2)), peak], 2)
+    sums = jnp.stack([total, *(sums[..., i, :].max(0) for i in (1, 2)), peak], 2)
+    return whole((acc * scale[..., None, :]).sum(0)), twice(sums)
 
 
 def _on_device(x: jax.Array, layer: jax.Array) -> jax.Array:

@@ -17,12 +17,11 @@ from pallas_kernels.originals.mosaic import (
     attend_original_tile,
     load_exact_queries,
     nothing,
-    scratch_of_a_tile,
     store_result,
 )
-from pallas_kernels.query import HALF, PARTS, SHIFT, SHIFT_EXACT, UNIT, UNIT_EXACT, distinct, folded
+from pallas_kernels.query import HALF, PARTS, SHIFT, SHIFT_EXACT, UNIT, UNIT_EXACT
 
-STAGES = 4
+STAGES = 3
 """Tiles of keys on their way into shared memory."""
 
 
@@ -84,16 +83,22 @@ def scan_tiles(layer, meta, q, keys, key_scale, value_scale, nu, live, windows, 
             )
 
         def window(place, index):
-            def attend(numbers, out, sums, barrier, *scratch):
-                queries, buffers = scratch[:PARTS], scratch[PARTS:]
+            def attend(numbers, out, sums, barrier, values_barrier, tile, weights, *queries):
+                which, i = place
+                k, v = (ref.at[layer, h, pl.ds(i * TILE, TILE)] for ref in window_refs[2 * which : 2 * which + 2])
+                plgpu.copy_gmem_to_smem(k, tile, barrier)
                 load_exact_queries(h, wide_ref, numbers_ref, queries, numbers, barrier)
                 plgpu.barrier_wait(barrier)
                 unit, shift = (mg.over_rows(numbers[i], TILE) for i in (UNIT_EXACT, SHIFT_EXACT))
-                which, tile = place
-                k, v = (ref.at[layer, h, pl.ds(tile * TILE, TILE)] for ref in window_refs[2 * which : 2 * which + 2])
+
+                def values_ready():
+                    plgpu.copy_gmem_to_smem(v, tile, values_barrier)
+                    plgpu.barrier_wait(values_barrier)
+
                 carry = attend_original_tile(
-                    k, v, live_ref[h, index], queries, unit, shift, buffers, nothing(d, columns), interpret
-                )
+                    live_ref[h, index], queries, unit, shift, tile, tile, weights, nothing(d, columns), interpret,
+                    values_ready,
+                )  # fmt: skip
                 store_result(carry, out, sums, acc_ref.at[h, index], sums_ref.at[h, index])
                 plgpu.wait_smem_to_gmem(0)
 
@@ -102,9 +107,11 @@ def scan_tiles(layer, meta, q, keys, key_scale, value_scale, nu, live, windows, 
                 numbers_shape,
                 plgpu.SMEM((d, columns), jnp.float32),
                 plgpu.SMEM((4, columns), jnp.float32),
-                plgpu.Barrier(num_arrivals=1 + PARTS),
+                plgpu.Barrier(num_arrivals=2 + PARTS),
+                plgpu.Barrier(num_arrivals=1),
+                mg.tile_ref((TILE, d), jnp.bfloat16),
+                mg.weights_ref(columns),
                 *[mg.tile_ref((columns, d), jnp.bfloat16)] * PARTS,
-                *scratch_of_a_tile(d, columns),
             )
 
         for index, place in enumerate(places):
@@ -121,10 +128,8 @@ def scan_tiles(layer, meta, q, keys, key_scale, value_scale, nu, live, windows, 
         ],
         grid=(heads, splits + len(places)),
         grid_names=("h", "s"),
+        kernel_name="scan_tiles",
         compiler_params=mg.PARAMS,
         interpret=interpret,
     )
-    stats, weights, acc, sums = run(
-        layer, meta, q.parts, q.wide, q.numbers, keys, key_scale, value_scale, nu, live, *windows
-    )
-    return distinct(stats, 3), weights, folded(acc), distinct(sums, 3)
+    return run(layer, meta, q.parts, q.wide, q.numbers, keys, key_scale, value_scale, nu, live, *windows)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.originals.reference import attend_tile_of_originals
-from pallas_kernels.query import HALF, SHIFT, UNIT, Operands, distinct, in_two_halves, together
+from pallas_kernels.query import HALF, SHIFT, UNIT, Operands, distinct, in_two_halves, together, twice, whole
 
 TILE = 128
 
@@ -26,16 +26,17 @@ def scan_tiles(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Weights `w = 2^x` of every token, `x` its score, summed over tiles.
 
-    Queries come with C = 2 G columns, the second half repeating the first; results are of the G.
+    Queries come with C = 2 G columns, the second half repeating the first. As in all kernels here, sums repeat, too; of
+    `acc` the halves are to be added up.
 
     Returns
     -------
-    stats : [H, NT, 4, G]
+    stats : [H, NT, 4, C]
         Per tile `sum w`, `sum w share`, `sum w^2`, `sum w value_scale`. Of tiles that are not read: 0 (in the kernel:
         anything).
     weights : [H, NT, C, 128] bfloat16
         `w value_scale` for the second pass, see `in_two_halves`. Of tiles that are not read: anything.
-    acc, sums : [H, W, d, G], [H, W, 4, G]
+    acc, sums : [H, W, d, C], [H, W, 4, C]
         Of every window tile what `attend_originals` returns.
 
     `splits` is the kernel's: how many programs share the keys of a head.
@@ -61,4 +62,4 @@ def scan_tiles(
             k, v = (jnp.take(x, layer[0], 0)[:, cut] for x in (keys, values))
             found.append(attend_tile_of_originals(k, v, live[:, len(found)], q))
     acc, sums = (jnp.stack(x, 1) for x in zip(*found, strict=True))
-    return stats, weights, acc, sums
+    return twice(stats), weights, whole(acc), twice(sums)

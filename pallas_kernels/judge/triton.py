@@ -1,0 +1,437 @@
+"""Output and certificate of a pass, and who goes dense. Twins: `certjax.fused.bound.judge` and `judge_dense`,
+`certjax.fused.ladder.heads_to_give_up`. Symbols and derivation: docs/kernels.md."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import triton
+import triton.language as tl
+
+from pallas_kernels import numerics as num
+from pallas_kernels.device_math import MAX_DELTA, exp_down, exp_up, expm1_up, least, most, no_nan, product, rounded
+from pallas_kernels.launch import launch
+from pallas_kernels.tile_facts import SLACK, add_originals, folded, key_terms, number, tile_sums
+
+NORM, E_KEY, E_VAL, E_ARITH, E_TOTAL, E_KEY_PAPER, E_VAL_PAPER, DELTA_MAX, TAIL_MASS, PASSED = range(10)
+ROWS = tl.constexpr(10)
+"""Of a head's record."""
+
+TILE = tl.constexpr(128)
+U, UNDERFLOW, FLOOR = tl.constexpr(num.U), tl.constexpr(num.UNDERFLOW), tl.constexpr(num.ABSOLUTE_FLOOR)
+
+
+@triton.jit
+def _length(square, ROOT: tl.constexpr, VANISHED: tl.constexpr):
+    return tl.sqrt(square) * SLACK + ROOT * VANISHED
+
+
+@triton.jit
+def _turned_back(y, turn, D: tl.constexpr):
+    """`R^T y`, [D, C]: in three parts of 8 bits, whose products with the signs of R^T are exact."""
+    channel = tl.arange(0, D)
+    signs = tl.load(turn + channel[:, None] * D + channel[None]).to(tl.float32)
+    high = rounded(y)
+    middle = rounded(y - high)
+    low = rounded(y - high - middle)
+    return product(signs, high) + (product(signs, middle) + product(signs, low))
+
+
+SUMS = tl.constexpr(16)
+"""Of a part of a head, from `_tally`: sums over tiles, and the largest kappa."""
+
+
+@triton.jit
+def _tally(
+    levels, stats, fine_stats, acc, fine, counts, kappa, eta, nu, sigma_k, sigma_v, facts, meta, layer,  # inputs
+    sums, read,  # outputs
+    H: tl.constexpr, NT: tl.constexpr, FLAGS: tl.constexpr, S: tl.constexpr, S_FINE: tl.constexpr,
+    PER_PART: tl.constexpr, PER_PART_UP: tl.constexpr, C: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """What a share of a head's tiles adds to the bound, and a share of what programs of the second pass found."""
+    h, part, at = tl.program_id(0), tl.program_id(1), tl.load(layer)
+    n_parts, col = tl.num_programs(1), tl.arange(0, C)
+    split = part * PER_PART + tl.arange(0, PER_PART_UP)[:, None]
+    flat = tl.arange(0, D * C)
+    mask = (tl.arange(0, PER_PART_UP)[:, None] < PER_PART) & (split < S)
+    found = tl.sum(tl.load(acc + (h * S + split) * (D * C) + flat[None], mask=mask, other=0.0), 0)
+    if tl.load(counts + h * 5 + 2) > 0:
+        mask = (tl.arange(0, PER_PART_UP)[:, None] < PER_PART) & (split < S_FINE)
+        found += tl.sum(tl.load(fine + (h * S_FINE + split) * (D * C) + flat[None], mask=mask, other=0.0), 0)
+    tl.store(read + (h * n_parts + part) * (D * C) + flat, found)
+
+    t = part * T + tl.arange(0, T)
+    active = (t >= tl.load(meta + h * 3)) & (t < tl.load(meta + h * 3 + 1))
+    noted, row = (at * H + h) * NT + t, h * NT + t
+    level = tl.load(levels + h * FLAGS + t, mask=active, other=3)
+    finest, coarse, promoted = level == 2, level == 1, level == 3
+    q_norm = tl.load(facts + h * 4 * C + col)
+    nu_peak = number(nu + noted, active)
+    a, n, norm, scaled = tile_sums(stats, row, nu_peak, active & (level != 2), C)
+    delta = least(q_norm[None] * (number(kappa + noted * 2, active) * SLACK)[:, None], 80.0)
+    weight = tl.where(promoted[:, None], a, 0.0)
+    above, below = weight * exp_up(delta), weight * exp_down(-delta)
+    b, m, fine_norm, fine_scaled = tile_sums(fine_stats, row, nu_peak, active & finest, C)
+    kept = active & (level != 3)
+    here = kept[:, None]
+    a, n = tl.where(here, a + b, 0.0), tl.where(here, n + m, 0.0)  # one of the two is 0
+    norm = tl.where(finest[:, None], fine_norm, norm)
+    plane = finest.to(tl.int32)
+    kappa_t = number(kappa + noted * 2 + plane, kept)
+    k0, k1, grown, delta = key_terms(a, n, norm, q_norm, kappa_t, number(sigma_k + noted * 2 + plane, kept), nu_peak)
+    eta_t = number(eta + noted * 2 + plane, kept)[:, None]
+    read_here = (coarse | finest)[:, None] & here
+    linear = tl.where(read_here, a * eta_t, n)
+    spectral = number(sigma_v + noted * 3 + tl.where(kept, level, 0), kept)[:, None] * norm
+    # A value is `s (4 high + 2)`, or `s (4 high + low + 2.5)`.
+    less = tl.where(finest[:, None], 2.5 * fine_scaled, tl.where(coarse[:, None], 2 * scaled, 0.0))
+    to = sums + (h * n_parts + part) * SUMS * C + col
+    tl.store(to, tl.sum(a, 0))
+    tl.store(to + C, tl.sum(n, 0))
+    tl.store(to + 2 * C, tl.sum(tl.where(here, least(linear, spectral), 0.0), 0))
+    tl.store(to + 3 * C, tl.sum(a * exp_down(-least(delta, 80.0)), 0))
+    tl.store(to + 4 * C, tl.sum(tl.where(here, k0, 0.0), 0))
+    tl.store(to + 5 * C, tl.sum(tl.where(here, k1, 0.0), 0))
+    tl.store(to + 6 * C, tl.sum(grown * n, 0))
+    tl.store(to + 7 * C, tl.sum(grown * a, 0))
+    tl.store(to + 8 * C, tl.sum(tl.where(read_here, n, 0.0), 0))
+    tl.store(to + 9 * C, tl.sum(tl.where(read_here, a * eta_t, 0.0), 0))
+    tl.store(to + 10 * C, tl.sum(tl.where(read_here, a * eta_t, a * nu_peak[:, None]), 0))
+    tl.store(to + 11 * C, tl.sum(tl.where(here, less, 0.0), 0))
+    tl.store(to + 12 * C, tl.sum(above, 0))
+    tl.store(to + 13 * C, tl.sum(below, 0))
+    tl.store(to + 14 * C, tl.full((C,), 1.0, tl.float32) * tl.max(kappa_t, 0))
+
+
+@triton.jit
+def _sum(sums, h, field, PARTS: tl.constexpr, PARTS_UP: tl.constexpr, C: tl.constexpr):
+    part = tl.arange(0, PARTS_UP)[:, None]
+    of = sums + ((h * PARTS + part) * SUMS + field) * C + tl.arange(0, C)[None]
+    return tl.sum(tl.load(of, mask=part < PARTS, other=0.0), 0)
+
+
+@triton.jit
+def _judge(
+    sums, read, window_acc, window_sums, host_acc, host_sums, counts, facts, largest_of_head, value_centre, turn,
+    layer,  # inputs
+    out, record,  # outputs
+    H: tl.constexpr, NT: tl.constexpr, PARTS: tl.constexpr, PARTS_UP: tl.constexpr, P: tl.constexpr,
+    P_UP: tl.constexpr, W: tl.constexpr, W_UP: tl.constexpr, C: tl.constexpr, D: tl.constexpr, ROOT: tl.constexpr,
+    VANISHED: tl.constexpr, HIGHEST: tl.constexpr, SPLIT: tl.constexpr, TURNING: tl.constexpr,
+    DEPTH_GAMMA: tl.constexpr, INFLATE: tl.constexpr, PER_PROGRAM: tl.constexpr, EXP_RELATIVE_ERROR: tl.constexpr,
+    CANARY: tl.constexpr,
+):  # fmt: skip
+    h, at = tl.program_id(0), tl.load(layer)
+    col, channel = tl.arange(0, C), tl.arange(0, D)
+    of = facts + h * 4 * C + col
+    q_norm, eps, eps_original, reference = tl.load(of), tl.load(of + C), tl.load(of + 2 * C), tl.load(of + 3 * C)
+    tier1, n_all = _sum(sums, h, 0, PARTS, PARTS_UP, C), _sum(sums, h, 1, PARTS, PARTS_UP, C)
+    val, shrunk = _sum(sums, h, 2, PARTS, PARTS_UP, C), _sum(sums, h, 3, PARTS, PARTS_UP, C)
+    k0, k1 = _sum(sums, h, 4, PARTS, PARTS_UP, C), _sum(sums, h, 5, PARTS, PARTS_UP, C)
+    g0, g1 = _sum(sums, h, 6, PARTS, PARTS_UP, C), _sum(sums, h, 7, PARTS, PARTS_UP, C)
+    n_read, eta_read = _sum(sums, h, 8, PARTS, PARTS_UP, C), _sum(sums, h, 9, PARTS, PARTS_UP, C)
+    paper, offset = _sum(sums, h, 10, PARTS, PARTS_UP, C), _sum(sums, h, 11, PARTS, PARTS_UP, C)
+    part = tl.arange(0, PARTS_UP)[:, None]
+    of = sums + ((h * PARTS + part) * SUMS + 14) * C + col[None]
+    kappa_max = tl.max(tl.load(of, mask=part < PARTS, other=0.0), 0)
+    flat = tl.arange(0, D * C)[None]
+    found = tl.load(read + (h * PARTS + part) * (D * C) + flat, mask=part < PARTS, other=0.0)
+    found = folded(tl.sum(found, 0), D, C)
+
+    # Windows, and what came from the host.
+    exact, exact_total, key, value = add_originals(window_acc, window_sums, h * W, W, W_UP, D, C, HIGHEST)
+    of_windows = exact_total
+    if tl.load(counts + h * 5 + 3) > 0:
+        more, more_total, more_key, more_value = add_originals(host_acc, host_sums, h * P, P, P_UP, D, C, HIGHEST)
+        exact, exact_total = exact + more, exact_total + more_total
+        key, value = most(key, more_key), most(value, more_value)
+    key, value = _length(key, ROOT, VANISHED), _length(value, ROOT, VANISHED)
+
+    total = tier1 + exact_total  # W
+    centre = tl.load(value_centre + (at * H + h) * D + channel)[:, None]
+    joined = _turned_back(found + offset[None], turn, D) * (1 / ROOT) + tier1[None] * centre + exact
+    result = joined / total[None]
+    of_head = largest_of_head + at * 6 * H + h
+    nu_max, eta_max, centre_norm = tl.load(of_head + H), tl.load(of_head + 2 * H), tl.load(of_head + 5 * H)
+    from_centre = _length(tl.sum((centre - result) * (centre - result), 0), ROOT, VANISHED)
+    norm = _length(tl.sum(result * result, 0), ROOT, VANISHED)
+    share = exact_total / total
+    exact_nu = value + centre_norm
+    nu_mean = n_all / total + share * exact_nu
+    read_mean = (n_read + eta_read) / total
+    e_val = val / total
+    accumulated = ((1 + 0.3 * ROOT) * SPLIT + 2 * TURNING) * read_mean + SPLIT * share * value
+    accumulated += (3 * DEPTH_GAMMA + 8 * U) * (nu_mean + centre_norm + read_mean)
+    from_centre += 2 * accumulated
+    h_bar = from_centre + e_val
+    l_minus = shrunk / total + share
+    delta_max = q_norm * (kappa_max * SLACK)
+    e_key = (k0 + k1 * h_bar) / (total * l_minus)
+    linear = (g0 + g1 * h_bar) / (total * l_minus)
+    of_originals = 32 * U * (q_norm * key + tl.abs(reference)) + EXP_RELATIVE_ERROR + PER_PROGRAM * 2.0**-21
+    of_originals += eps_original * key * SLACK
+    eps = most(eps, of_originals)
+    grow = exp_up(least(eps, MAX_DELTA))
+    widened = expm1_up(2 * eps) * linear + grow * expm1_up(eps) * (nu_mean + h_bar) / l_minus
+    nu_max = most(nu_max, exact_nu)
+    n_tokens = (NT + 64) * TILE
+    flushed = n_tokens * UNDERFLOW / total * exp_up(least(delta_max, MAX_DELTA)) * grow * grow / l_minus
+    flushed *= nu_max + eta_max + h_bar
+    # Weights times a value's scale, and their lower halves, may vanish too: 2^-125 each, times a code.
+    flushed += n_tokens * (2.0**-118 * ROOT) / total
+    valid = (eps < MAX_DELTA) & (delta_max < MAX_DELTA)
+    e_key = tl.where(delta_max < MAX_DELTA, e_key, float("inf"))
+    e_arith = tl.where(valid, widened + flushed + accumulated, float("inf"))
+    bound = least(no_nan(e_key + e_val + e_arith), no_nan(nu_max + from_centre))
+    two_d = least(2 * delta_max, 80.0)
+    mass = tier1 / total
+
+    passed = tl.full((C,), 1.0, tl.float32)
+    if CANARY:
+        # Promoted tiles weigh by their originals what they weigh by tier 1, within its bound.
+        high, low = _sum(sums, h, 12, PARTS, PARTS_UP, C), _sum(sums, h, 13, PARTS, PARTS_UP, C)
+        slack = exp_up(tl.load(facts + h * 4 * C + C + col) + of_originals + 2.0**-12)
+        from_host = exact_total - of_windows
+        rounding = 2.0**-18 * exact_total + 2.0**-100  # of the difference; of what was flushed
+        # What is not a number is not an alarm: it fails as such.
+        alarm = (from_host > high * slack + rounding) | (from_host < low / slack - rounding)
+        passed = tl.where(alarm, 0.0, 1.0)
+    tl.store(out + (h * C + col[None]) * D + channel[:, None], result)
+    to = record + h * ROWS * C + col
+    tl.store(to, norm)
+    tl.store(to + C, e_key)
+    tl.store(to + 2 * C, e_val)
+    tl.store(to + 3 * C, e_arith)
+    tl.store(to + 4 * C, bound * INFLATE + FLOOR)
+    grows = tl.where(two_d < 0.5, expm1_up(two_d), exp_up(two_d))
+    tl.store(to + 5 * C, 2 * nu_max * exp_up(two_d) * mass * grows)
+    tl.store(to + 6 * C, paper / total)
+    tl.store(to + 7 * C, delta_max)
+    tl.store(to + 8 * C, mass)
+    tl.store(to + 9 * C, passed)
+
+
+@triton.jit
+def _decide(
+    record, counts, sound, meta,  # inputs
+    dense, flags,  # outputs
+    HEADS: tl.constexpr, UP: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, FLAGS: tl.constexpr, NT: tl.constexpr,
+    RELATIVE_TO: tl.constexpr, TOLERANCE: tl.constexpr, POOLED: tl.constexpr,
+):  # fmt: skip
+    """Of one KV head (every head of a row comes to the same decision): 0 returned as it is, 1 dense, 2 dense because
+    the row failed a check."""
+    h = tl.program_id(0)
+    batch, head, col = h // HEADS, tl.arange(0, UP), tl.arange(0, C)
+    real = head < HEADS
+    shown = real[:, None] & (col < GROUP)[None]
+    of = record + (batch * HEADS + head[:, None]) * ROWS * C + col[None]
+    norm = tl.load(of, mask=shown, other=0.0)
+    own = no_nan(tl.load(of + 4 * C, mask=shown, other=0.0))
+    passed = tl.load(of + 9 * C, mask=shown, other=1.0)
+    gone = tl.load(counts + (batch * HEADS + head) * 5 + 4, mask=real, other=0) > 0
+    fine = (tl.abs(norm) < float("inf")) & (passed > 0)  # NaN is not less
+    failed = (tl.sum(tl.sum((~fine).to(tl.int32), 1), 0) > 0) | (tl.load(sound + batch) == 0)
+    own = tl.where(gone[:, None] & shown, float("inf"), own)
+    if RELATIVE_TO == "layer":
+        worst = tl.max(own, 1)
+        squares = tl.sum(norm * norm, 1)
+        bounds = tl.sum(own * own, 1) if POOLED else worst * worst
+        ahead = worst[None] > worst[:, None]
+        ahead |= (worst[None] == worst[:, None]) & (head[None] < head[:, None])
+        rank = tl.sum((ahead & real[None]).to(tl.int32), 1)  # 0: the largest bound
+        n = tl.arange(0, 2 * UP)[:, None]
+        stays = (rank[None] >= n) & real[None]  # [n, head]: with the n worst dense
+        kept = tl.sum(tl.where(stays, squares[None], 0.0), 1)
+        left = tl.where(stays, bounds[None], 0.0)
+        left = tl.sum(left, 1) if POOLED else tl.max(left, 1) * (GROUP * HEADS)
+        # A little is held back for the rounding of the sums, which `allotted` evaluates in another order.
+        fits = (left <= (TOLERANCE * TOLERANCE * (1 - 2.0**-14)) * kept) | (left == 0)
+        first = tl.min(tl.where(fits, tl.arange(0, 2 * UP), 2 * UP), 0)
+        goes = gone | (rank < first)
+    else:
+        if RELATIVE_TO == "head":
+            allowed = tl.where(tl.abs(norm) < float("inf"), TOLERANCE * norm, 0.0)
+        else:
+            allowed = tl.full((UP, C), TOLERANCE, tl.float32)
+        goes = gone | (tl.sum((~(own <= allowed) & shown).to(tl.int32), 1) > 0)
+    mine = tl.sum((goes & (batch * HEADS + head == h)).to(tl.int32), 0)
+    verdict = tl.where(failed, 2, mine)
+    tl.store(dense + h, verdict)
+    length = tl.load(meta + h * 3 + 2)
+    for start in range(0, FLAGS, 256):
+        t = start + tl.arange(0, 256)
+        chosen = (t < NT) & (t * TILE < length) & (verdict > 0)
+        tl.store(flags + h * FLAGS + t, chosen.to(tl.int32), mask=t < FLAGS)
+
+
+@triton.jit
+def _finish(
+    candidate, record, dense, acc, sums, facts,  # inputs
+    out, returned,  # outputs
+    S: tl.constexpr, S_UP: tl.constexpr, AT_ONCE: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr,
+    D: tl.constexpr, ROOT: tl.constexpr, VANISHED: tl.constexpr, SPLIT: tl.constexpr, DEPTH_GAMMA: tl.constexpr,
+    PER_PROGRAM: tl.constexpr, EXP_RELATIVE_ERROR: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """The output, its norm and its bound: the candidate's, or those of dense attention."""
+    h = tl.program_id(0)
+    col, channel = tl.arange(0, C), tl.arange(0, D)
+    result = tl.load(candidate + (h * C + col[None]) * D + channel[:, None])
+    of = record + h * ROWS * C + col
+    norm, error = tl.load(of), tl.load(of + 4 * C)
+    if tl.load(dense + h) > 0:
+        part, all_parts = tl.arange(0, AT_ONCE)[:, None], tl.arange(0, S_UP)[:, None]
+        of = sums + (h * S + all_parts) * (4 * C) + col[None]
+        here = all_parts < S
+        peaks = tl.load(of + 3 * C, mask=here, other=-1e30)
+        peak = tl.max(peaks, 0)
+        total = tl.sum(tl.load(of, mask=here, other=0.0) * tl.exp2(peaks - peak[None]), 0)
+        key = tl.max(tl.load(of + C, mask=here, other=0.0), 0)
+        value = tl.max(tl.load(of + 2 * C, mask=here, other=0.0), 0)
+        flat, exact = tl.arange(0, D * C)[None], tl.zeros((D * C,), tl.float32)
+        of_flat = sums + h * S * 4 * C + flat % C
+        peak_flat = tl.full((1, D * C), -1e30, tl.float32)
+        for start in tl.static_range(0, S, AT_ONCE):
+            at = start + part
+            peaks_flat = tl.load(of_flat + at * (4 * C) + 3 * C, mask=at < S, other=-1e30)
+            peak_flat = most(peak_flat, tl.max(peaks_flat, 0)[None])
+        for start in tl.static_range(0, S, AT_ONCE):
+            at = start + part
+            scale = tl.exp2(tl.load(of_flat + at * (4 * C) + 3 * C, mask=at < S, other=-1e30) - peak_flat)
+            exact += tl.sum(tl.load(acc + (h * S + at) * (D * C) + flat, mask=at < S, other=0.0) * scale, 0)
+        exact = folded(exact, D, C)
+        key, value = _length(key, ROOT, VANISHED), _length(value, ROOT, VANISHED)
+        of = facts + h * 4 * C + col
+        eps = 32 * U * (tl.load(of) * key) + EXP_RELATIVE_ERROR + PER_PROGRAM * 2.0**-21
+        eps += tl.load(of + 2 * C) * key * SLACK
+        result = exact / total[None]
+        accumulated = (SPLIT + 3 * DEPTH_GAMMA) * value
+        norm = _length(tl.sum(result * result, 0), ROOT, VANISHED)
+        radius = value + norm + accumulated
+        grow = exp_up(least(eps, MAX_DELTA))
+        error = (grow * expm1_up(eps) + N * UNDERFLOW / total * grow * grow) * radius + accumulated
+        error = least(tl.where(eps < MAX_DELTA, no_nan(error), float("inf")), no_nan(value + norm))
+        error = error * (1 + 2.0**-12) + FLOOR
+    tl.store(out + (h * GROUP + col[None]) * D + channel[:, None], result, mask=(col < GROUP)[None])
+    tl.store(returned + h * 2 * C + col, norm)
+    tl.store(returned + h * 2 * C + C + col, error)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+    """Constants of the arithmetic (docs/kernels.md) that depend on shapes."""
+
+    per_program: int  # tiles that a program reads at most
+    split: float  # relative error of a sum of values over tiles
+    turning: float  # of the rotation back
+    depth_gamma: float
+    inflate: float
+    vanished: float
+    highest: float
+
+
+def judge(
+    levels: jax.Array,  # [H, flags] int32
+    coarse: jax.Array,  # [H, NT, 4, C] of the scan
+    fine: jax.Array,  # [H, NT, 4, C] of the second pass
+    acc: jax.Array,  # [H, S, d, C] of the second pass
+    fine_acc: jax.Array,  # [H, S', d, C] of tiles at the finest level
+    windows: tuple[jax.Array, jax.Array],  # [H, W, d, C], [H, W, 4, C]
+    promoted: tuple[jax.Array, jax.Array],  # [H, P, d, C], [H, P, 4, C]
+    counts: jax.Array,  # [H, COUNTS] int32
+    notes: dict[str, jax.Array],
+    facts: jax.Array,  # [H, 4, C]
+    largest: jax.Array,  # [L, 6, H]
+    value_centre: jax.Array,  # [L, H, d]
+    turn: np.ndarray,  # [d, d], R^T
+    meta: jax.Array,
+    layer: jax.Array,
+    rounding: Rounding,
+    *,
+    canary: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Outputs `[H, C, d]`, and the rows NORM to PASSED of each head, `[H, ROWS, C]`, float32."""
+    heads, splits, d, columns = acc.shape
+    n_tiles, f32 = coarse.shape[1], jnp.float32
+    tiles = max(32, min(128, triton.next_power_of_2(n_tiles) // 4))  # that a program of the first kernel looks at
+    parts = -(-n_tiles // tiles)
+    per_part = -(-max(splits, fine_acc.shape[1]) // parts)
+    shape = dict(H=heads, NT=n_tiles, C=columns, D=d)
+    sums, read = launch(
+        _tally, levels, coarse, fine, acc, fine_acc, counts,
+        *(notes[x] for x in ("kappa", "eta", "nu", "sigma_k", "sigma_v")), facts, meta, layer,
+        out=[
+            jax.ShapeDtypeStruct((heads, parts, SUMS.value, columns), f32),
+            jax.ShapeDtypeStruct((heads, parts, d, columns), f32),
+        ],
+        grid=(heads, parts), FLAGS=levels.shape[1], S=splits, S_FINE=fine_acc.shape[1], PER_PART=per_part,
+        PER_PART_UP=triton.next_power_of_2(per_part), T=tiles, **shape,
+    )  # fmt: skip
+    from_windows, from_host = windows[0].shape[1], promoted[0].shape[1]
+    return launch(
+        _judge, sums, read, *windows, *promoted, counts, facts, largest, value_centre,
+        jnp.asarray(np.sign(turn), jnp.int8), layer,
+        out=[
+            jax.ShapeDtypeStruct((heads, columns, d), f32),
+            jax.ShapeDtypeStruct((heads, ROWS.value, columns), f32),
+        ],
+        grid=(heads,), warps=8, PARTS=parts, PARTS_UP=triton.next_power_of_2(parts), P=from_host,
+        P_UP=triton.next_power_of_2(from_host), W=from_windows, W_UP=triton.next_power_of_2(from_windows),
+        ROOT=d**0.5, VANISHED=rounding.vanished, HIGHEST=rounding.highest, SPLIT=rounding.split,
+        TURNING=rounding.turning, DEPTH_GAMMA=rounding.depth_gamma, INFLATE=rounding.inflate,
+        PER_PROGRAM=rounding.per_program, EXP_RELATIVE_ERROR=num.EXP_RELATIVE_ERROR, CANARY=canary, **shape,
+    )  # fmt: skip
+
+
+def decide(
+    record: jax.Array,  # [H, ROWS, C]
+    counts: jax.Array,
+    sound: jax.Array,  # [b] bool
+    meta: jax.Array,
+    n_tiles: int,
+    flags: int,
+    *,
+    group: int,
+    relative_to: str,
+    tolerance: float,
+    pooled: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """A verdict on each head, `[H]` int32 (0 stays, 1 dense, 2 dense as a check of its row failed), and the tiles that
+    dense attention reads, `[H, flags]` int32."""
+    heads, _, columns = record.shape
+    per_row = heads // sound.shape[0]
+    return launch(
+        _decide, record, counts, sound.astype(jnp.int32), meta,
+        out=[jax.ShapeDtypeStruct((heads,), jnp.int32), jax.ShapeDtypeStruct((heads, flags), jnp.int32)],
+        grid=(heads,), HEADS=per_row, UP=triton.next_power_of_2(per_row), GROUP=group, C=columns, FLAGS=flags,
+        NT=n_tiles, RELATIVE_TO=relative_to, TOLERANCE=tolerance, POOLED=pooled,
+    )  # fmt: skip
+
+
+def finish(
+    candidate: jax.Array,  # [H, C, d]
+    record: jax.Array,  # [H, ROWS, C]
+    dense: jax.Array,  # [H] int32
+    found: tuple[jax.Array, jax.Array],  # [H, S, d, C], [H, S, 4, C], of heads that are dense
+    facts: jax.Array,
+    rounding: Rounding,
+    *,
+    group: int,
+    capacity: int,
+) -> tuple[jax.Array, jax.Array]:
+    """What is returned: outputs `[H, group, d]`, and their norm and bound, `[H, 2, C]`."""
+    heads, splits, d, columns = found[0].shape
+    return launch(
+        _finish, candidate, record, dense, *found, facts,
+        out=[
+            jax.ShapeDtypeStruct((heads, group, d), jnp.float32),
+            jax.ShapeDtypeStruct((heads, 2, columns), jnp.float32),
+        ],
+        grid=(heads,), S=splits, S_UP=triton.next_power_of_2(splits),
+        AT_ONCE=min(8, triton.next_power_of_2(splits)), GROUP=group, C=columns, D=d, ROOT=d**0.5,
+        VANISHED=rounding.vanished,
+        SPLIT=rounding.split, DEPTH_GAMMA=rounding.depth_gamma, PER_PROGRAM=rounding.per_program,
+        EXP_RELATIVE_ERROR=num.EXP_RELATIVE_ERROR, N=float(capacity),
+    )  # fmt: skip

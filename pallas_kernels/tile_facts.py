@@ -1,0 +1,88 @@
+"""What the Triton kernels read of a tile, and what it adds to the bound: the formulas of `certjax.fused.bound`.
+
+Arrays are `[T, C]`, tiles by query heads; `[T]` for what a KV head's tiles have, `[C]` for what its query heads have.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from pallas_kernels import numerics as num
+from pallas_kernels.device_math import expm1_up, least, most, second_order_up
+
+SLACK = tl.constexpr(num.NORM_SLACK)
+FLUSHED = tl.constexpr(128**0.5 * 2.0**-63)
+"""Norm of the weights of a tile whose squares may have been flushed to zero."""
+
+PEAK_STEP = tl.constexpr((1 + 2.0**-20) / 255)
+
+
+@triton.jit
+def number(pointer, mask):
+    """Of bfloat16, 0 where masked out."""
+    return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def tile_sums(stats, row, nu_peak, read, C: tl.constexpr):
+    """`sum w`, `sum w nu`, `sqrt(sum w^2)` and `sum w s` of tiles `row` of `stats` [H NT, 4, C], 0 where not `read`."""
+    of = stats + row[:, None] * (4 * C) + tl.arange(0, C)[None]
+    mask = read[:, None]
+    a = tl.load(of, mask=mask, other=0.0)
+    n = tl.load(of + C, mask=mask, other=0.0) * (nu_peak * PEAK_STEP)[:, None]
+    norm = tl.sqrt(tl.load(of + 2 * C, mask=mask, other=0.0)) + FLUSHED
+    return a, n, norm, tl.load(of + 3 * C, mask=mask, other=0.0)
+
+
+@triton.jit
+def key_terms(a, n, norm, q_norm, kappa, sigma_k, nu_peak):
+    """`(k0, k1, e^Delta - 1, Delta)`, the first two with `k0 + k1 h` at least `L^- W` times what tiles add to E_key."""
+    delta = q_norm[None] * (kappa * SLACK)[:, None]
+    coefficient = q_norm[None] * (sigma_k * SLACK)[:, None] * norm
+    first, second = expm1_up(delta), second_order_up(delta)
+    one_by_one = first * n
+    together = coefficient * nu_peak[:, None] + second * n
+    k1 = tl.where(together < one_by_one, coefficient + second * a, first * a)
+    return least(one_by_one, together), k1, first, delta
+
+
+@triton.jit
+def window_scale(peak, HIGHEST: tl.constexpr):
+    """Of weights in units of the largest, `2^peak`; not a finite number above HIGHEST, so that the head-step fails."""
+    return tl.where(peak <= HIGHEST, tl.exp2(peak), float("inf"))
+
+
+@triton.jit
+def folded(x, D: tl.constexpr, C: tl.constexpr):
+    """Both halves of the columns of `x` [D, C] (or flat) added up, in each half."""
+    x = tl.sum(tl.reshape(x, (D, 2, C // 2)), 1)
+    return tl.reshape(tl.broadcast_to(x[:, None], (D, 2, C // 2)), (D, C))
+
+
+@triton.jit
+def add_originals(
+    acc, sums, first, N: tl.constexpr, AT_ONCE: tl.constexpr, D: tl.constexpr, C: tl.constexpr, HIGHEST: tl.constexpr
+):
+    """Attention to originals in N parts, rows from `first` on of `acc` [., d, C] and `sums` [., 4, C]: what the weights
+    add up to with values and without, [D, C] and [C], in units of e^reference, and the squares of the longest key and
+    value."""
+    values = tl.zeros((D * C,), tl.float32)
+    total, key, value = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
+    flat = tl.arange(0, D * C)[None]
+    for start in tl.static_range(0, N, AT_ONCE):
+        part = start + tl.arange(0, AT_ONCE)[:, None]
+        of, here = sums + (first + part) * (4 * C) + tl.arange(0, C)[None], part < N
+        found = tl.load(of, mask=here, other=0.0)
+        scale = window_scale(tl.load(of + 3 * C, mask=here, other=0.0), HIGHEST)
+        total += tl.sum(found * scale, 0)
+        key = most(key, tl.max(tl.load(of + C, mask=here, other=0.0), 0))
+        value = most(value, tl.max(tl.load(of + 2 * C, mask=here, other=0.0), 0))
+        # The same by element of `acc`. A part that read nothing says so by a total of 0, and by nothing else.
+        of = sums + (first + part) * (4 * C) + flat % C
+        found = tl.load(of, mask=here, other=0.0)
+        scale = window_scale(tl.load(of + 3 * C, mask=here, other=0.0), HIGHEST)
+        read = here & (found != 0)
+        products = tl.load(acc + (first + part) * (D * C) + flat, mask=read, other=0.0)
+        values += tl.sum(products * tl.where(read, scale, 0.0), 0)
+    return folded(values, D, C), total, key, value

@@ -1,0 +1,127 @@
+"""The chain of kernels that a certified step is on a GPU, against the same step with its twins in between.
+
+Without a GPU Triton's kernels are interpreted (`conftest.py`) and the others are their twins.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from certjax import Policy, TieredKVCache
+from certjax.certificate import Certificate
+from certjax.fused import operands as ops
+from certjax.fused.attention import fused_attention
+from certjax.fused.chain import chained_attention
+from pallas_kernels import dispatch
+from pallas_kernels import query as qr
+from tests.oracle import f64
+
+pytest.importorskip("triton", reason="Triton's interpreter, or Triton for the GPU, is not installed")
+ON_GPU = jax.default_backend() == "gpu"
+B, H, N = 2, 2, 1536
+LENGTHS = jnp.array([1536, 1157])
+GROUPS = {64: 4, 128: 6}
+POLICIES = {
+    "everything read": dict(tolerance=0.3),
+    "some read": dict(tolerance=0.6),
+    "dense": dict(tolerance=0.002),
+    "of the head": dict(tolerance=0.4, relative_to="head"),
+    "equal": dict(tolerance=0.4, allotment="equal"),
+    "absolute": dict(tolerance=0.1, relative_to="absolute"),
+    "promoting": dict(tolerance=0.25, host_price=0.01, max_promoted=1.0),
+}
+
+
+@functools.cache
+def problem(d: int):
+    """A stacked cache of two layers, and queries; each KV head has a needle."""
+    a, b, c = jax.random.split(jax.random.key(d), 3)
+    q = jax.random.normal(c, (B, H, GROUPS[d], d))
+    keys, values = (jax.random.normal(k, (2, B, H, N, d)) for k in (a, b))
+    keys = keys.at[:, :, :, 400].set(2 * q.mean(2)).astype(jnp.bfloat16)
+    values = (values + 0.5).astype(jnp.bfloat16)
+    policy = Policy.budget(0.05, block_size=128)
+    build = jax.jit(lambda k, v: TieredKVCache.from_prefill(k, v, policy, lengths=LENGTHS, capacity=N))
+    return build(keys, values), q
+
+
+def step(attend, q, cache, policy, sound=(True, True)):
+    kernels = dispatch.mosaic_kernels(B * H) if ON_GPU else dispatch.reference_kernels()
+    run = jax.jit(lambda q, cache: attend(q, cache, jnp.int32(1), policy, kernels, jnp.array(sound)))
+    out, certificate = run(q, cache)
+    return f64(out), jax.tree.map(lambda x: np.asarray(x, np.float64), certificate)
+
+
+def exact(q, cache):
+    """Attention over the originals of layer 1 in float64."""
+    k, v = (f64(x[1]) for x in (cache.host_keys, cache.host_values))
+    s = np.einsum("bhgd,bhnd->bhgn", f64(q), k) / np.sqrt(k.shape[-1])
+    s = np.where(np.arange(N) < np.asarray(LENGTHS)[:, None, None, None], s, -np.inf)
+    w = np.exp(s - s.max(-1, keepdims=True))
+    return np.einsum("bhgn,bhnd->bhgd", w / w.sum(-1, keepdims=True), v)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("d", GROUPS)
+def test_chain_returns_what_its_twins_return(d, name):
+    cache, q = problem(d)
+    policy = Policy.budget(block_size=128, **POLICIES[name])
+    (out, got), (want_out, want) = (step(f, q, cache, policy) for f in (chained_attention, fused_attention))
+    assert (np.linalg.norm(out - exact(q, cache), axis=-1) <= got.e_total).all()
+    expected = {"dense": {3}, "promoting": {2}}.get(name, {0, 2})
+    assert set(got.rung.ravel()) <= expected
+    np.testing.assert_allclose(out, want_out, rtol=0, atol=(2e-5 if name == "dense" else 2e-2) * np.abs(want_out).max())
+    for field in dataclasses.fields(Certificate):
+        a, b = getattr(got, field.name), getattr(want, field.name)
+        if (want.n_key_refined == got.n_key_refined).all() and (want.n_value_skipped == got.n_value_skipped).all():
+            np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-6, err_msg=field.name)
+
+
+def test_queries_are_prepared_to_the_bit():
+    from pallas_kernels.prepare.triton import prepare_queries
+
+    cache, q = problem(128)
+    common = ops.shared(cache)
+    layer = ops.layer_of(cache, jnp.int32(1), common)
+    want = jax.jit(ops.prepare)(q.reshape(B * H, -1, 128), layer)
+    got, facts = jax.jit(
+        lambda q: prepare_queries(
+            q, ops.by_head(cache.stats.key_centre), common.largest, ops.rotation_matrix(128), layer.index,
+            vanished=ops.VANISHED, room=ops.ROOM, tensor_unit=ops.TENSOR_UNIT,
+        )
+    )(q.reshape(B * H, -1, 128))  # fmt: skip
+    apart = np.abs(f64(qr.value(qr.Fixed(got.parts, want.kernel.numbers[:, 0] * 0 + 1, None)))
+                   - f64(qr.value(qr.Fixed(want.kernel.parts, want.kernel.numbers[:, 0] * 0 + 1, None))))  # fmt: skip
+    assert apart.max() <= 1  # a step, where sums that end beside a half were rounded differently
+    np.testing.assert_array_equal(got.wide[:, 3:], want.kernel.wide[:, 3:])
+    np.testing.assert_allclose(got.numbers, want.kernel.numbers, rtol=1e-5, atol=1e-5)
+    for i, name in enumerate(("norm", "eps", "eps_original", "reference")):
+        np.testing.assert_allclose(qr.distinct(facts[:, i], 1), getattr(want, name), rtol=1e-5, err_msg=name)
+
+
+def test_a_row_that_failed_is_dense():
+    cache, q = problem(64)
+    out, certificate = step(chained_attention, q, cache, Policy.budget(0.3, block_size=128), sound=(True, False))
+    assert set(certificate.rung[0].ravel()) == {0} and set(certificate.rung[1].ravel()) == {4}
+    assert not certificate.precondition_ok[1].any() and certificate.precondition_ok[0].all()
+    np.testing.assert_allclose(out[1], exact(q, cache)[1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("leaf", ["kappa", "eta", "nu", "k_norm"])
+def test_a_damaged_annotation_costs_dense_attention(leaf):
+    """Of a tile that is read: whatever is not a number there must not end in a finite bound that is wrong."""
+    cache, q = problem(64)
+    for damage in (np.nan, np.inf):
+        note = getattr(cache.notes, leaf)
+        if leaf == "k_norm":
+            note = note.at[1, 0, 0, 4].set(damage)
+        else:
+            note = note.replace(peak=note.peak.at[1, 0, 0, 4].set(damage))
+        damaged = cache.replace(notes=cache.notes.replace(**{leaf: note}))
+        out, certificate = step(chained_attention, q, damaged, Policy.budget(0.3, block_size=128))
+        assert (np.linalg.norm(out - exact(q, cache), axis=-1) <= certificate.e_total).all()
+        assert np.isfinite(out).all() and (certificate.rung[1] == 0).all()
