@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,11 @@ class Questions:
     def task(self) -> str:
         """Name of the task."""
         return self.maker.name
+
+    @property
+    def kin(self) -> Hashable:
+        """See `Work`: a batch ends with its longest answer, so tasks keep to themselves."""
+        return self.benchmark, self.task, self.context, self.chat
 
     def options(self) -> dict[str, Any]:
         """See `Work`."""

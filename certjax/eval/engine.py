@@ -30,10 +30,12 @@ from certjax.model import Model
 from certjax.models.llama.config import LlamaConfig
 from certjax.plugs import Mode, make_cache
 from certjax.policy import Policy
-from certjax.sampling import Sampling
 
 STEPS = 256
 """Decode steps of one call: the loop can be interrupted between calls."""
+ROOM = 1024
+"""Programs are compiled for multiples of so many steps: all that one mode does at one context and batch is one program,
+whatever a task asks for. What is carried of a step is small."""
 ASK = 16
 """Tokens between two questions whether they are enough."""
 
@@ -156,19 +158,14 @@ def answer(
     """
     config, began = model.config, time.perf_counter()
     _check_room(prefilled, max_new_tokens)
-    cache = prefilled.cache
-    if mode.kind == "dense":  # the loop overwrites its cache, and the other modes need this one
-        cache = jax.tree.map(jnp.copy, cache)
-    state = decode.begin(
-        config, mode.kind, mode.policy, Sampling(), max_new_tokens - 1, Tally, cache, prefilled.logits,
-        jax.random.key(0),
-    )  # fmt: skip
-    for limit in _limits(max_new_tokens, ASK if enough else STEPS):
-        state = decode.run(config, mode.kind, mode.policy, Sampling(), model.params, state, jnp.int32(limit))
-        ids, ends, done = (np.asarray(x) for x in (state.tokens, state.finished_at, state.done))
+    asked = _Asked.answering(len(prefilled.lengths), _room(max_new_tokens - 1))
+    state = _open(config, mode.kind, mode.policy, asked, prefilled.cache, prefilled.logits)
+    for limit in _limits(max_new_tokens, ASK if enough else STEPS):  # the first token is the prefill's
+        state = _run(config, mode.kind, mode.policy, model.params, state, asked, jnp.int32(limit - 1))
+        ids, ends, done = (np.asarray(x) for x in (state.tokens, state.ends, state.done))
         if all(over or (enough and enough(row[:n].tolist())) for row, n, over in zip(ids, ends, done, strict=True)):
             break
-    certificates = summaries(state.telemetry, config, prefilled.lengths)
+    certificates = summaries(state.tally, config, prefilled.lengths)
     seconds = (time.perf_counter() - began) / len(ids)
     rows = zip(ids, ends, certificates, strict=True)
     return [Answer(row[:n].tolist(), certificate, seconds) for row, n, certificate in rows]
@@ -180,14 +177,10 @@ def score(
     prefilled: Prefilled,
     fed: Sequence[Sequence[int]],
     targets: Sequence[Sequence[int]],
-    max_steps: int | None = None,
 ) -> list[Scored]:
     """Feed each row its tokens, one a step, and score what follows each: `targets[row][i]` after `fed[row][i]`.
 
-    Parameters
-    ----------
-    max_steps
-        What the program is compiled for, by default the longest row. Rows may have different lengths.
+    Rows may have different lengths.
 
     Raises
     ------
@@ -196,16 +189,12 @@ def score(
     """
     config, began = model.config, time.perf_counter()
     counts = [len(row) for row in fed]
-    steps = max(counts) if max_steps is None else max_steps
     _check_room(prefilled, max(counts))
-    pairs = np.zeros((2, len(counts), steps), np.int32)
-    for row, (inputs, outputs) in enumerate(zip(fed, targets, strict=True)):
-        pairs[:, row, : len(inputs)] = inputs, outputs
-    given = jnp.asarray(pairs[0]), jnp.asarray(pairs[1]), jnp.asarray(counts, jnp.int32)
-    state = _open(config, mode.kind, mode.policy, steps, prefilled.cache)
+    asked = _Asked.scoring(fed, targets, _room(max(counts)))
+    state = _open(config, mode.kind, mode.policy, asked, prefilled.cache, prefilled.logits)
     for limit in _limits(max(counts), STEPS):
         state = jax.block_until_ready(
-            _force(config, mode.kind, mode.policy, model.params, state, *given, jnp.int32(limit))
+            _run(config, mode.kind, mode.policy, model.params, state, asked, jnp.int32(limit))
         )
     nll, greedy = np.asarray(state.nll), np.asarray(state.greedy)
     bounds, certificates = step_bounds(state.tally), summaries(state.tally, config, prefilled.lengths)
@@ -220,6 +209,10 @@ def _limits(n: int, stride: int) -> list[int]:
     return [*range(stride, n, stride), n]
 
 
+def _room(steps: int) -> int:
+    return max(1, -(-steps // ROOM)) * ROOM
+
+
 def _check_room(prefilled: Prefilled, tokens: int) -> None:
     if max(prefilled.lengths) + tokens > prefilled.cache.max_length:
         raise ContextLengthError(
@@ -228,27 +221,58 @@ def _check_room(prefilled: Prefilled, tokens: int) -> None:
         )
 
 
-# -- teacher forcing ----------------------------------------------------------------------------------
+# -- the loop -----------------------------------------------------------------------------------------
 
 
 @struct.dataclass
-class _Forced:
+class _Asked:
+    """What the rows of a batch are to do: an argument of the loop, so that scoring and answering are one program."""
+
+    fed: jax.Array  # [b, T] int32, read where `forced`
+    targets: jax.Array  # [b, T] int32
+    counts: jax.Array  # [b] int32, steps of each row
+    forced: jax.Array  # [] bool: feed what is given, not what is said
+
+    @classmethod
+    def scoring(cls, fed: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], steps: int) -> _Asked:
+        pairs = np.zeros((2, len(fed), steps), np.int32)
+        for row, (inputs, outputs) in enumerate(zip(fed, targets, strict=True)):
+            pairs[:, row, : len(inputs)] = inputs, outputs
+        counts = jnp.asarray([len(row) for row in fed], jnp.int32)
+        return cls(jnp.asarray(pairs[0]), jnp.asarray(pairs[1]), counts, jnp.asarray(True))
+
+    @classmethod
+    def answering(cls, batch: int, steps: int) -> _Asked:
+        nothing = jnp.zeros((batch, steps), jnp.int32)
+        return cls(nothing, nothing, jnp.full(batch, steps, jnp.int32), jnp.asarray(False))
+
+
+@struct.dataclass
+class _State:
     """What the loop carries. T steps."""
 
     cache: DenseKVCache | TieredKVCache
+    tokens: jax.Array  # [b, T + 1] int32, fed so far and the next
+    done: jax.Array  # [b] bool, whether a row has said its end
+    ends: jax.Array  # [b] int32, tokens of a row, the end-of-sequence token included
     nll: jax.Array  # [T, b] float32
     greedy: jax.Array  # [T, b] bool
-    at: jax.Array  # [] int32
+    at: jax.Array  # [] int32, steps taken
     tally: Tally
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mode", "policy", "steps"))
-def _open(config: LlamaConfig, mode: Mode, policy: Policy, steps: int, prefilled: DenseKVCache) -> _Forced:
-    batch = prefilled.length.shape[0]
-    # A copy in dense mode: the loop overwrites its cache.
-    cache = jax.tree.map(jnp.copy, prefilled) if mode == "dense" else make_cache(mode, policy, prefilled)
-    return _Forced(
-        cache=cache,
+@functools.partial(jax.jit, static_argnames=("config", "mode", "policy"))
+def _open(
+    config: LlamaConfig, mode: Mode, policy: Policy, asked: _Asked, prefilled: DenseKVCache, logits: jax.Array
+) -> _State:
+    batch, steps = asked.fed.shape
+    first = jnp.where(asked.forced, asked.fed[:, 0], logits.argmax(-1).astype(jnp.int32))
+    return _State(
+        # A copy in dense mode: the loop overwrites its cache, and the other modes need this one.
+        cache=jax.tree.map(jnp.copy, prefilled) if mode == "dense" else make_cache(mode, policy, prefilled),
+        tokens=jnp.zeros((batch, steps + 1), jnp.int32).at[:, 0].set(first),
+        done=~asked.forced & _ends(config, first),
+        ends=jnp.ones(batch, jnp.int32),
         nll=jnp.zeros((steps, batch)),
         greedy=jnp.zeros((steps, batch), bool),
         at=jnp.int32(0),
@@ -257,29 +281,42 @@ def _open(config: LlamaConfig, mode: Mode, policy: Policy, steps: int, prefilled
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mode", "policy"), donate_argnames=("state",))
-def _force(
+def _run(
     config: LlamaConfig,
     mode: Mode,
     policy: Policy,
     params: Any,
-    state: _Forced,
-    fed: jax.Array,
-    targets: jax.Array,
-    counts: jax.Array,
+    state: _State,
+    asked: _Asked,
     limit: jax.Array,
-) -> _Forced:
-    """Steps up to `limit`. `fed`, `targets`: `[b, T]` int32, of which row r has `counts[r]`."""
+) -> _State:
+    """Steps up to `limit` (`[]` int32), or until every row has ended. One `lax.while_loop`."""
 
-    def feed(s: _Forced) -> _Forced:
-        token, target = (lax.dynamic_index_in_dim(x, s.at, 1, keepdims=False) for x in (fed, targets))
-        logits, cache, records = decode.step(config, mode, policy, params, s.cache, token)
-        said = jnp.take_along_axis(logits, target[:, None], 1)[:, 0]
-        return _Forced(
+    def of_step(x, at):
+        return lax.dynamic_index_in_dim(x, at, 1, keepdims=False)
+
+    def advance(s: _State) -> _State:
+        logits, cache, records = decode.step(config, mode, policy, params, s.cache, of_step(s.tokens, s.at))
+        target = of_step(asked.targets, s.at)
+        said = logits.argmax(-1).astype(jnp.int32)
+        nll = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, target[:, None], 1)[:, 0]
+        given = of_step(asked.fed, jnp.minimum(s.at + 1, asked.fed.shape[1] - 1))
+        token = jnp.where(asked.forced, given, jnp.where(s.done, 0, said))
+        return _State(
             cache=cache,
-            nll=s.nll.at[s.at].set(jax.nn.logsumexp(logits, -1) - said),
-            greedy=s.greedy.at[s.at].set(logits.argmax(-1) == target),
+            tokens=lax.dynamic_update_index_in_dim(s.tokens, token, s.at + 1, 1),
+            done=s.done | (~asked.forced & _ends(config, token)),
+            ends=jnp.where(s.done, s.ends, s.at + 2),
+            nll=s.nll.at[s.at].set(nll),
+            greedy=s.greedy.at[s.at].set(said == target),
             at=s.at + 1,
-            tally=s.tally.add(records, s.at < counts, s.at),
+            tally=s.tally.add(records, ~s.done & (s.at < asked.counts), s.at),
         )
 
-    return lax.while_loop(lambda s: s.at < limit, feed, state)
+    return lax.while_loop(lambda s: (s.at < limit) & ~s.done.all(), advance, state)
+
+
+def _ends(config: LlamaConfig, token: jax.Array) -> jax.Array:
+    if not config.eos_token_ids:
+        return jnp.zeros(token.shape, bool)
+    return jnp.isin(token, jnp.asarray(config.eos_token_ids, jnp.int32))

@@ -189,9 +189,8 @@ class CertjaxLM(TemplateLM):
         capacity = bucket(max(len(row.held) for row in full) + longest, engine.PREFILL_CHUNK)
         prefilled = engine.prefill(self.model, [row.held for row in full], capacity)
         scored = engine.score(
-            self.model, self.mode, prefilled, [row.fed for row in full], [row.targets for row in full],
-            bucket(longest, 16),
-        )  # fmt: skip
+            self.model, self.mode, prefilled, [row.fed for row in full], [row.targets for row in full]
+        )
         results = []
         for row, of, logits in zip(rows, scored, np.asarray(prefilled.logits), strict=False):
             total, greedy = -float(np.sum(of.nll)), all(of.greedy)

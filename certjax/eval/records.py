@@ -69,7 +69,7 @@ class Record:
     config
         Hash of all that the outcome depends on: model, mode with its policy, task options, schema.
     versions
-        Of certjax, jax, jaxlib, and the device's kind.
+        The model's name; versions of certjax, jax, jaxlib and wonderwords; the device's kind.
     prompt_tokens, new_tokens
         Of the prompt; generated, or scored by teacher forcing.
     score

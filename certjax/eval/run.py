@@ -7,10 +7,11 @@ those of one that was not.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -68,38 +69,35 @@ def run(
     for work in works:
         work.prepare(work.samples[:1])
     model_id = fingerprint(model)
-    configs = {(id(work), mode.label): _config(model_id, work, mode) for work in works for mode in modes}
     plan = {
-        (work.benchmark, work.task, work.context, i, seed, mode.label): configs[id(work), mode.label]
+        (work.benchmark, work.task, work.context, i, seed, mode.label): config
         for work in works
         for mode in modes
+        for config in [_config(model_id, work, mode)]
         for i in work.samples
     }
     done = _done(out, plan)
     records.repair(out)
-    constant = {"seed": seed, "versions": versions()}
+    made_with = versions(model)
     with _bar(progress) as bar:
-        task = bar.add_task("", total=len(plan), completed=len(done))
-        for work in works:
-            names = {"benchmark": work.benchmark, "task": work.task, "context": work.context}
-            for samples in _batches(work.samples, batch):
+        progressed = bar.add_task("", total=len(plan), completed=len(done))
+        for group in _families(works):
+            lead, tasks = group[0], ", ".join(work.task for work in group)
+            for rows in _batches([(work, i) for work in group for i in work.samples], batch):
                 prepared = prefilled = None
                 for mode in modes:
-                    config = configs[id(work), mode.label]
-                    missing = [i for i in samples if (*names.values(), i, seed, mode.label) not in done]
-                    if not missing:
+                    names = [(work.benchmark, work.task, work.context, i, seed, mode.label) for work, i in rows]
+                    if done.issuperset(names):
                         continue
-                    bar.update(task, description=f"{work.benchmark} {work.task} {work.context} {mode.label}")
+                    bar.update(progressed, description=f"{lead.benchmark} {tasks} {lead.context} {mode.label}")
                     if prefilled is None:
-                        prepared = work.prepare(samples)
-                        prefilled = work.prefill(model, prepared)
-                    outcomes = zip(samples, work.run(model, mode, prepared, prefilled), strict=True)
-                    fresh = {i: outcome for i, outcome in outcomes if i in missing}  # a row that fills a batch up once
-                    records.write(out, (
-                        Record(**names, sample=i, mode=mode.label, config=config, **constant, **outcome)
-                        for i, outcome in fresh.items()
-                    ))  # fmt: skip
-                    bar.advance(task, len(fresh))
+                        prepared = [sample for work, i in rows for sample in work.prepare([i])]
+                        prefilled = lead.prefill(model, prepared)
+                    outcomes = zip(names, lead.run(model, mode, prepared, prefilled), strict=True)
+                    fresh = {name: outcome for name, outcome in outcomes if name not in done}  # a repeated row once
+                    made = (_record(name, plan[name], made_with, outcome) for name, outcome in fresh.items())
+                    records.write(out, made)
+                    bar.advance(progressed, len(fresh))
     return [record for record in records.read(out) if _name(record) in plan]
 
 
@@ -119,15 +117,24 @@ def check_out(out: Path) -> None:
             pass
 
 
-def versions() -> dict[str, str]:
-    """Of what outcomes may depend on by rounding."""
+def versions(model: Model) -> dict[str, str]:
+    """The model's name, and versions of what outcomes may depend on: by rounding, or by the words that are drawn."""
     device = jax.devices()[0]
     return {
+        "model": model.name,
         "certjax": certjax.__version__,
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,
+        "wonderwords": _installed("wonderwords"),
         "device": getattr(device, "device_kind", device.platform),
     }
+
+
+def _installed(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def fingerprint(model: Model) -> str:
@@ -156,8 +163,11 @@ def _digest(of: Any) -> str:
     return hashlib.sha256(json.dumps(of, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+_NAME = ("benchmark", "task", "context", "sample", "seed", "mode")
+
+
 def _name(record: Record) -> tuple:
-    return (record.benchmark, record.task, record.context, record.sample, record.seed, record.mode)
+    return tuple(getattr(record, field) for field in _NAME)
 
 
 def _done(out: Path, plan: dict[tuple, str]) -> set[tuple]:
@@ -178,12 +188,27 @@ def _done(out: Path, plan: dict[tuple, str]) -> set[tuple]:
     return done
 
 
-def _batches(samples: Sequence[int], batch: int) -> Iterator[list[int]]:
-    """Even batches of one size, so that each program is compiled once; the last sample fills the last one up."""
-    n = -(-len(samples) // batch)
-    size = -(-len(samples) // n)
-    for first in range(0, len(samples), size):
-        chosen = list(samples[first : first + size])
+def _record(name: tuple, config: str, made_with: dict[str, str], outcome: dict[str, Any]) -> Record:
+    return Record(**dict(zip(_NAME, name, strict=True)), config=config, versions=made_with, **outcome)
+
+
+def _families(works: Sequence[Work]) -> list[list[Work]]:
+    """Works that share batches, in the order of their first."""
+    families: dict[Hashable, list[Work]] = {}
+    for work in works:
+        families.setdefault(work.kin, []).append(work)
+    return list(families.values())
+
+
+_Row = TypeVar("_Row")
+
+
+def _batches(rows: Sequence[_Row], batch: int) -> Iterator[list[_Row]]:
+    """Even batches of one size, so that each program is compiled once; the last row fills the last one up."""
+    n = -(-len(rows) // batch)
+    size = -(-len(rows) // n)
+    for first in range(0, len(rows), size):
+        chosen = list(rows[first : first + size])
         yield chosen + chosen[-1:] * (size - len(chosen))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Protocol
 
 from certjax.eval.modes import EvalMode
@@ -30,8 +30,13 @@ class Work(Protocol):
         """What outcomes depend on beside model, mode, context, sample and seed: plain types."""
         ...
 
-    def prepare(self, samples: Sequence[int]) -> Any:
-        """Token ids of the samples, and whatever `run` needs beside them.
+    @property
+    def kin(self) -> Hashable:
+        """Works of which this is equal share batches: what one has prepared, another can prefill and run."""
+        ...
+
+    def prepare(self, samples: Sequence[int]) -> list[Any]:
+        """Token ids of each sample, and whatever `run` needs beside them.
 
         Raises
         ------
@@ -40,11 +45,11 @@ class Work(Protocol):
         """
         ...
 
-    def prefill(self, model: Model, prepared: Any) -> Any:
+    def prefill(self, model: Model, prepared: list[Any]) -> Any:
         """What all modes start from."""
         ...
 
-    def run(self, model: Model, mode: EvalMode, prepared: Any, prefilled: Any) -> list[dict[str, Any]]:
+    def run(self, model: Model, mode: EvalMode, prepared: list[Any], prefilled: Any) -> list[dict[str, Any]]:
         """Fields of a `Record` that depend on the outcome, of each sample."""
         ...
 

@@ -40,7 +40,7 @@ def scored(model, mode, prefilled, rows=(0, 1), steps=STEPS):
     mode = parse_mode(mode) if isinstance(mode, str) else mode
     fed = [ROWS[r][HELD[r] : HELD[r] + steps] for r in rows]
     targets = [ROWS[r][HELD[r] + 1 : HELD[r] + steps + 1] for r in rows]
-    return engine.score(model, mode, prefilled, fed, targets, max_steps=STEPS)
+    return engine.score(model, mode, prefilled, fed, targets)
 
 
 def answers(model, mode, prefilled):
@@ -173,6 +173,27 @@ def test_modes_leave_the_prefilled_cache_to_the_next(model, prefilled):
     scored(model, "dense", prefilled)
     np.testing.assert_array_equal(prefilled.cache.keys, before)
     assert [of.tokens for of in answers(model, "dense", prefilled)] == [of.tokens for of in first]
+
+
+def test_what_a_mode_does_at_a_context_is_one_program(model, prefilled):
+    mode = parse_mode("naive:codec=int8_int8")
+    scored(model, mode, prefilled)
+    programs = engine._run._cache_size(), engine._open._cache_size()
+    for new in (1, NEW, 40):
+        engine.answer(model, mode, prefilled, new)
+    scored(model, mode, prefilled, steps=5)
+    assert programs == (engine._run._cache_size(), engine._open._cache_size())
+
+
+def test_answer_ends_with_the_end_of_sequence_token(model, prefilled):
+    whole = answers(model, "dense", prefilled)
+    for at in (0, 3):
+        end = whole[0].tokens[at]
+        config = dataclasses.replace(model.config, eos_token_ids=(end,))
+        ended = answers(dataclasses.replace(model, config=config), "dense", prefilled)
+        for of, other in zip(whole, ended, strict=True):
+            n = of.tokens.index(end) + 1 if end in of.tokens else NEW
+            assert other.tokens == of.tokens[:n]
 
 
 # -- what does not fit --------------------------------------------------------------------------------

@@ -76,6 +76,22 @@ def test_all_of_the_second_half_is_scored_and_by_decode_steps(model):
         assert max(other["token_bound"]) == other["certificate"].before_max > 0
 
 
+def test_fewer_tokens_are_scored_after_a_longer_prefill(model):
+    (half,), (last,) = windows(model, {"book": TEXT}, [CONTEXT], 2), windows(model, {"book": TEXT}, [CONTEXT], 2, 24)
+    prepared = half.prepare(half.samples)
+    assert last.prepare(last.samples) == prepared
+    prefilled = last.prefill(model, prepared)
+    assert prefilled.lengths == [CONTEXT - 25] * 2
+    of_half = half.run(model, parse_mode("dense"), prepared, half.prefill(model, prepared))
+    for of, whole in zip(last.run(model, parse_mode("dense"), prepared, prefilled), of_half, strict=True):
+        np.testing.assert_allclose(of["token_nll"], whole["token_nll"][-24:], rtol=1e-4)
+        assert (of["prompt_tokens"], of["new_tokens"]) == (CONTEXT - 24, 24)
+    assert last.options() != half.options() and "scored" not in half.options()
+    for scored in (0, CONTEXT - 1):
+        with pytest.raises(InvalidArgumentError, match=f"{scored} tokens of a window of {CONTEXT} cannot be scored"):
+            windows(model, {"book": TEXT}, [CONTEXT], 2, scored)
+
+
 def test_options_tell_texts_apart(model, beginning):
     def options(reader, text):
         (work,) = windows(reader, {"book": text}, [64], 1)

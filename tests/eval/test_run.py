@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from certjax import ContextLengthError, InvalidArgumentError
 from certjax.cli.eval import eval_command
-from certjax.eval import records, run
+from certjax.eval import engine, records, run
 from certjax.eval.answers import Questions, prompt_of, source_of
 from certjax.eval.modes import parse_modes
 from certjax.eval.perplexity import windows
@@ -75,7 +75,8 @@ def test_every_sample_of_every_mode_has_one_record(whole, works):
         (w.benchmark, w.task, mode.label, i) for w in works for mode in MODES for i in w.samples
     }
     for record in found:
-        assert record.versions.keys() == {"certjax", "jax", "jaxlib", "device"}
+        assert record.versions.keys() == {"model", "certjax", "jax", "jaxlib", "wonderwords", "device"}
+        assert record.versions["model"] == "tiny"
         assert (record.certificate is None) == (record.mode == "dense")
         if record.benchmark == "ppl":
             assert record.score is record.prediction is None and len(record.token_nll) == CONTEXT // 2
@@ -97,6 +98,38 @@ def test_batch_changes_nothing_but_rounding(model, works, whole, tmp_path):
     losses = {(r.mode, r.sample): r for r in timeless(whole) if r.benchmark == "ppl"}
     for record in run.run(model, works[:1], MODES[1:], tmp_path / "alone.jsonl"):
         assert record.token_nll == pytest.approx(losses[record.mode, record.sample].token_nll, rel=1e-4)
+
+
+def test_texts_share_batches_and_prefills(model, tmp_path, monkeypatch):
+    """Five windows of three texts, in batches of three: two prefills, and each window's losses as when it is alone."""
+    works = windows(model, {"a": TEXT[:128], "b": TEXT[128:], "c": TEXT[::-1]}, [CONTEXT], 2)
+    assert [len(work.samples) for work in works] == [2, 2, 2]
+    works[1] = dataclasses.replace(works[1], samples=[1])
+    prefill, sizes = engine.prefill, []
+
+    def counted(model, prompts, capacity):
+        sizes.append(len(prompts))
+        return prefill(model, prompts, capacity)
+
+    monkeypatch.setattr(engine, "prefill", counted)
+    found = run.run(model, works, MODES, tmp_path / "run.jsonl", batch=3)
+    assert sizes == [3, 3] and len({record.key for record in found}) == len(found) == 10
+    for work in works:
+        for record in run.run(model, [work], MODES, tmp_path / f"{work.task}.jsonl"):
+            (same,) = [r for r in found if r.key == record.key]
+            assert same.token_nll == pytest.approx(record.token_nll, rel=1e-4)
+    before = (tmp_path / "run.jsonl").read_bytes()
+    (tmp_path / "run.jsonl").write_bytes(before[: len(before) // 2])
+    run.run(model, works, MODES, tmp_path / "run.jsonl", batch=3)
+    assert timeless((tmp_path / "run.jsonl").read_bytes()) == timeless(before)
+
+
+def test_works_of_other_contexts_tasks_or_halves_do_not_share_batches(model, works):
+    texts = {"a": TEXT, "b": TEXT[::-1]}
+    kin = {work.kin for work in windows(model, texts, [32, 64], 1) + windows(model, texts, [64], 1, scored=8)}
+    assert len(kin) == 3
+    other = dataclasses.replace(works[1], maker=Copying(name="other"))
+    assert len({works[1].kin, other.kin, dataclasses.replace(works[1], context=128).kin, works[0].kin}) == 4
 
 
 # -- going on -----------------------------------------------------------------------------------------
