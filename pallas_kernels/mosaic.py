@@ -64,10 +64,10 @@ def store_weights(weights: jax.Array, ref) -> None:
     ref.transpose((1, 0))[...] = jnp.where(first, high, weights - high).astype(jnp.bfloat16)
 
 
-def weights_ref(columns: int, slots: int | None = None) -> plgpu.SMEM:
-    """Weights of a tile, turned, sliceable by 32 tokens; or `slots` of them."""
+def weights_ref(columns: int, slots: int | None = None, tokens: int = TILE) -> plgpu.SMEM:
+    """Weights of some tokens, turned, sliceable by 32 tokens; or `slots` of them."""
     transforms = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(64))
-    return _batched((columns, TILE), jnp.bfloat16, transforms, slots)
+    return _batched((columns, tokens), jnp.bfloat16, transforms, slots)
 
 
 def weighted(parts: list, weights) -> list:

@@ -52,10 +52,10 @@ def calls(d: int):
     weights = dispatch.reference_kernels().scan(*scan)[1]
     return {
         "scan": scan,
-        "attend": (x.index, levels, weights, x.values),
-        "refine": (
-            x.index, x.meta, levels, jnp.stack([(levels == i).sum(1) for i in range(5)], 1).astype(jnp.int32), q.kernel,
-            x.keys, x.keys_low, x.key_scale, x.values, x.values_low, x.value_scale, x.nu, x.host_keys, x.host_values,
+        "attend": (
+            x.index, x.meta, levels, jnp.stack([(levels == i).sum(1) for i in range(5)], 1).astype(jnp.int32), weights,
+            q.kernel, x.keys, x.keys_low, x.key_scale, x.values, x.values_low, x.value_scale, x.nu, x.host_keys,
+            x.host_values,
         ),
         "originals": (x.index, x.meta, flags, flags.max(1), q.kernel, x.host_keys, x.host_values),
     }, np.asarray(x.active), np.asarray(levels)  # fmt: skip
@@ -126,8 +126,7 @@ def test_scan_sums_weights_of_coarse_keys(d):
 def test_attend_sums_values_at_their_level(d):
     cache, x, q, plain = operands(d)
     arguments, _, levels = calls(d)
-    kernels = dispatch.reference_kernels(3)
-    acc, (fine, stats, *_) = kernels.attend(*arguments["attend"]), kernels.refine(*arguments["refine"])
+    acc, stats, *_ = dispatch.reference_kernels(3).attend(*arguments["attend"])
     assert acc.shape[1] == 3 and {1, 2, 3} <= set(levels.ravel())
     codes = jax.tree.map(lambda a: a[1], cache.codes)
     want, offset, per_token = 0.0, 0.0, np.repeat(levels, 128, axis=1)[..., None]
@@ -136,7 +135,7 @@ def test_attend_sums_values_at_their_level(d):
         want += np.einsum("hnc,hnd->hdc", w, f64(cache.codec.values(codes, level - 1)).reshape(B * H, N, d))
         offset += less * (w * f64(x.value_scale[1])[..., None]).sum(1)[:, None]
     group = GROUPS[d]
-    got = f64((acc + fine).sum(1))[..., :group] + offset
+    got = f64(acc.sum(1))[..., :group] + offset
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-3 * np.abs(want).max())
     w = w.reshape(B * H, -1, 128, group).sum(2)
     np.testing.assert_allclose(stats[:, :, 0, :group], w, rtol=2e-5, atol=1e-6 * w.max())
@@ -173,7 +172,7 @@ def test_kernels_lower_for_cuda_without_a_gpu(d):
 
     lowered = step.trace(q, shapes).lower(lowering_platforms=("cuda",))
     calls = re.findall(r"custom_call @(\w*mosaic_gpu\w*)", lowered.as_text())
-    assert len(calls) == 4  # scan, second pass, few tiles, dense heads
+    assert len(calls) == 3  # scan, second pass, dense heads
 
 
 def interpreted():
@@ -182,7 +181,7 @@ def interpreted():
     return mosaic.InterpretGPUParams(detect_races=True)
 
 
-KERNELS = pytest.mark.parametrize("name", ["scan", "attend", "refine", "originals"])
+KERNELS = pytest.mark.parametrize("name", ["scan", "attend", "originals"])
 SLOTS = 256
 """KV heads for which a head has one program: it reads nine tiles, more than there are slots for."""
 
@@ -223,12 +222,10 @@ def check_against_twin(d, name, kernel):
             acc, sums = windows
             return [np.asarray(x) for x in (stats[active], qr.folded(halves)[active], qr.folded(acc), sums)]
         if name == "attend":
-            return [np.asarray(qr.folded(result.sum(1)))]
-        if name == "refine":
             acc, stats, *host = result
-            fine, promoted = ((levels == i).any(1) for i in (2, 3))
+            promoted = (levels == 3).any(1)
             return [
-                np.asarray(qr.folded(acc.sum(1)))[fine], np.asarray(stats)[levels == 2],
+                np.asarray(qr.folded(acc.sum(1))), np.asarray(stats)[levels == 2],
                 ops_joined(*(np.asarray(x)[promoted] for x in host)),
             ]  # fmt: skip
         return [ops_joined(*result)]

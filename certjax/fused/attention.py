@@ -116,16 +116,14 @@ class _Step:
         """Read what a plan asks for; without `promote` it asks for nothing of tier 2."""
         x, q = self.layer, self.queries
         counts = jnp.stack([(plan.level == i).sum(1) for i in range(5)], 1).astype(jnp.int32)
-        acc = self.kernels.attend(x.index, plan.level, scan.weights, x.values)
-        fine, stats, *host = self.kernels.refine(
-            x.index, x.meta, plan.level, counts, q.kernel, x.keys, x.keys_low, x.key_scale, x.values, x.values_low,
-            x.value_scale, x.nu, *((x.host_keys, x.host_values) if promote else (None, None)),
+        acc, stats, *host = self.kernels.attend(
+            x.index, x.meta, plan.level, counts, scan.weights, q.kernel, x.keys, x.keys_low, x.key_scale, x.values,
+            x.values_low, x.value_scale, x.nu, *((x.host_keys, x.host_values) if promote else (None, None)),
         )  # fmt: skip
-        fine = jnp.where(counts[:, bd.FINEST, None, None] > 0, fine.sum(1), 0.0)
         exact = scan.windows
         if promote:
             exact = bd.joined(exact, _found(host, counts[:, bd.PROMOTE] > 0))
-        return bd.Pass(scan.sums, bd.tile_sums(distinct(stats, 3), x), plan.level, folded(acc.sum(1) + fine), exact)
+        return bd.Pass(scan.sums, bd.tile_sums(distinct(stats, 3), x), plan.level, folded(acc.sum(1)), exact)
 
     def dense(self, heads: jax.Array) -> bd.Exact:
         """Attend to all originals of `heads` `[H]`, and to nothing else."""
@@ -149,7 +147,7 @@ class _Step:
         delta = jnp.minimum(delta, 80.0)
         a = jnp.where((plan.level == bd.PROMOTE)[..., None], scan.sums.a, 0.0)
         high, low = rd.sums(1, a * jnp.exp(delta), a * jnp.exp(-delta))
-        original = bd.eps_of_originals(q, found.exact.key, self.per_program, q.reference)
+        original = bd.eps_of_originals(q, found.exact.key, self.rises(plan.level), q.reference)
         slack = jnp.exp(q.eps + original + 2.0**-12)
         exact = found.exact.total - scan.windows.total
         rounding = 2.0**-18 * found.exact.total + 2.0**-100  # of the difference; of what was flushed
@@ -157,11 +155,15 @@ class _Step:
         return self.grouped(~((exact > high * slack + rounding) | (exact < low / slack - rounding)))
 
     def judge(self, found: bd.Pass) -> bd.Judged:
-        return bd.judge(found, self.queries, self.layer, self.per_program, self.additions)
+        return bd.judge(found, self.queries, self.layer, self.rises(found.level), self.additions)
 
     @property
     def per_program(self) -> int:
         return per_program_of(self.n_tiles, self.kernels)
+
+    def rises(self, level: jax.Array) -> jax.Array:
+        """Most originals that a program read, of windows or promoted: [H, 1]."""
+        return jnp.minimum((level == bd.PROMOTE).sum(1, keepdims=True), self.per_program) + 1
 
     @property
     def additions(self) -> int:
@@ -241,8 +243,8 @@ _BOUNDS = ("e_key", "e_val", "e_arith", "e_total", "e_key_paper", "e_val_paper")
 
 
 def per_program_of(n_tiles: int, kernels: Kernels) -> int:
-    """Most tiles that a program reads."""
-    return -(-n_tiles // kernels.fewest)
+    """Most tiles, or halves of tiles, that a program reads."""
+    return -(-2 * n_tiles // kernels.fewest)
 
 
 def additions_of(n_tiles: int, kernels: Kernels) -> int:

@@ -154,9 +154,9 @@ class Judged:
     tail_mass: jax.Array
 
 
-def judge(found: Pass, queries: Queries, layer: Layer, tiles: int, additions: int) -> Judged:
-    """Output and certificate of a pass. `tiles`: of a program at most; `additions`: float32 roundings that a tile's sum
-    of values goes through at most."""
+def judge(found: Pass, queries: Queries, layer: Layer, tiles: jax.Array, additions: int) -> Judged:
+    """Output and certificate of a pass. `tiles`: [H, 1], originals that a program reads at most; `additions`: float32
+    roundings that a tile's sum of values goes through at most."""
     exact, level, coarse, fine = found.exact, found.level, found.coarse, found.fine
     d, n_tiles = found.values.shape[1], level.shape[1]
     sums = by_level(level, coarse, coarse, fine)

@@ -2,7 +2,7 @@
 Triton kernels do in seven.
 
 They are launched one after the other and hand each other what they found in global memory: prepare, scan, plan, attend,
-refine, judge, decide, dense, finish. What each of the small ones computes is written in `jnp` in `operands`, `plan`,
+judge, decide, dense, finish. What each of the small ones computes is written in `jnp` in `operands`, `plan`,
 `bound` and `ladder`, its twins.
 """
 
@@ -80,13 +80,12 @@ def chained_attention(
     levels, counts = planning.choose(
         (stats, *windows), notes, facts, common.largest, value_centre, meta, index, terms, flags
     )
-    acc = kernels.attend(index, levels, weights, x.values)
-    fine, fine_stats, *host = kernels.refine(
-        index, meta, levels, counts, operands, x.keys, x.keys_low, x.key_scale, x.values, x.values_low, x.value_scale,
-        x.nu, x.host_keys, x.host_values,
+    acc, fine, *host = kernels.attend(
+        index, meta, levels, counts, weights, operands, x.keys, x.keys_low, x.key_scale, x.values, x.values_low,
+        x.value_scale, x.nu, x.host_keys, x.host_values,
     )  # fmt: skip
     candidate, record = judging.judge(
-        levels, stats, fine_stats, acc, fine, windows, host, counts, notes, facts, common.largest, value_centre, turn,
+        levels, stats, fine, acc, windows, host, counts, notes, facts, common.largest, value_centre, turn,
         meta, index, rounding, canary=policy.canary,
     )  # fmt: skip
     verdict, everything = judging.decide(

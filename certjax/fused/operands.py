@@ -251,7 +251,9 @@ def prepare(q: jax.Array, layer: Layer) -> Queries:
     )
 
 
-def eps_of_originals(queries: Queries, longest: jax.Array, tiles: int, reference: jax.Array | float) -> jax.Array:
+def eps_of_originals(
+    queries: Queries, longest: jax.Array, tiles: jax.Array | int, reference: jax.Array | float
+) -> jax.Array:
     """Bound on the error of a score of an original key, and of its exponential.
 
     `longest`: `[H, G]`, norm of the longest key; `tiles`: of a program at most, each of which may raise the running

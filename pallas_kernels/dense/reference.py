@@ -95,6 +95,30 @@ def dense_heads(
     return lax.fori_loop(0, q.shape[0] * n_heads, visit, (out, error))
 
 
+def dense_heads_together(
+    q: jax.Array,  # [b, Hkv, G, d] float32
+    keys: jax.Array,  # [b, Hkv, N, d] originals on the device
+    values: jax.Array,  # [b, Hkv, N, d]
+    length: jax.Array,  # [b] int32
+    wanted: jax.Array,  # [b, Hkv] bool
+    out: jax.Array,  # [b, Hkv, G, d]
+    error: jax.Array | None = None,  # [b, Hkv, G]
+) -> tuple[jax.Array, jax.Array | None]:
+    """`dense_heads` of originals on the device: all heads are computed at once, the wanted ones taken."""
+    # A barrier: what is bounded is what is returned.
+    fresh = lax.optimization_barrier(_over_heads(dense_group, q, keys, values, length))
+    out = jnp.where(wanted[..., None, None], fresh, out)
+    if error is None:
+        return out, None
+    return out, jnp.where(wanted[..., None], _over_heads(dense_error, q, keys, values, length, fresh), error)
+
+
+def _over_heads(f, q, keys, values, length, *rest):
+    """`f` of every row and KV head: leaves `[b, Hkv, ...]`, but `length` `[b]`."""
+    rest_axes = [0] * len(rest)
+    return jax.vmap(jax.vmap(f, in_axes=(0, 0, 0, None, *rest_axes)))(q, keys, values, length, *rest)
+
+
 def dense_reference(
     q: jax.Array,  # [b, Hkv, G, d] float32
     keys: jax.Array,  # [L, b, Hkv, N, d]
@@ -119,7 +143,6 @@ def dense_reference(
 
     def together(q, keys, values, length):
         keys, values = (lax.dynamic_index_in_dim(x, layer, 0, keepdims=False) for x in (keys, values))
-        over_heads = jax.vmap(dense_group, in_axes=(0, 0, 0, None))
-        return jax.vmap(over_heads)(q, keys, values, length)
+        return _over_heads(dense_group, q, keys, values, length)
 
     return lax.platform_dependent(q, keys, values, length, cpu=one_by_one, default=together)

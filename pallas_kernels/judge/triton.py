@@ -46,10 +46,10 @@ SUMS = tl.constexpr(16)
 
 @triton.jit
 def _tally(
-    levels, stats, fine_stats, acc, fine, counts, kappa, eta, nu, sigma_k, sigma_v, facts, meta, layer,  # inputs
+    levels, stats, fine_stats, acc, kappa, eta, nu, sigma_k, sigma_v, facts, meta, layer,  # inputs
     sums, read,  # outputs
-    H: tl.constexpr, NT: tl.constexpr, FLAGS: tl.constexpr, S: tl.constexpr, S_FINE: tl.constexpr,
-    PER_PART: tl.constexpr, PER_PART_UP: tl.constexpr, C: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
+    H: tl.constexpr, NT: tl.constexpr, FLAGS: tl.constexpr, S: tl.constexpr, PER_PART: tl.constexpr,
+    PER_PART_UP: tl.constexpr, C: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """What a share of a head's tiles adds to the bound, and a share of what programs of the second pass found."""
     h, part, at = tl.program_id(0), tl.program_id(1), tl.load(layer)
@@ -58,9 +58,6 @@ def _tally(
     flat = tl.arange(0, D * C)
     mask = (tl.arange(0, PER_PART_UP)[:, None] < PER_PART) & (split < S)
     found = tl.sum(tl.load(acc + (h * S + split) * (D * C) + flat[None], mask=mask, other=0.0), 0)
-    if tl.load(counts + h * 5 + 2) > 0:
-        mask = (tl.arange(0, PER_PART_UP)[:, None] < PER_PART) & (split < S_FINE)
-        found += tl.sum(tl.load(fine + (h * S_FINE + split) * (D * C) + flat[None], mask=mask, other=0.0), 0)
     tl.store(read + (h * n_parts + part) * (D * C) + flat, found)
 
     t = part * T + tl.arange(0, T)
@@ -128,6 +125,7 @@ def _judge(
     col, channel = tl.arange(0, C), tl.arange(0, D)
     of = facts + h * 4 * C + col
     q_norm, eps, eps_original, reference = tl.load(of), tl.load(of + C), tl.load(of + 2 * C), tl.load(of + 3 * C)
+    n_promoted = tl.load(counts + h * 5 + 3)
     tier1, n_all = _sum(sums, h, 0, PARTS, PARTS_UP, C), _sum(sums, h, 1, PARTS, PARTS_UP, C)
     val, shrunk = _sum(sums, h, 2, PARTS, PARTS_UP, C), _sum(sums, h, 3, PARTS, PARTS_UP, C)
     k0, k1 = _sum(sums, h, 4, PARTS, PARTS_UP, C), _sum(sums, h, 5, PARTS, PARTS_UP, C)
@@ -144,7 +142,7 @@ def _judge(
     # Windows, and what came from the host.
     exact, exact_total, key, value = add_originals(window_acc, window_sums, h * W, W, W_UP, D, C, HIGHEST)
     of_windows = exact_total
-    if tl.load(counts + h * 5 + 3) > 0:
+    if n_promoted > 0:
         more, more_total, more_key, more_value = add_originals(host_acc, host_sums, h * P, P, P_UP, D, C, HIGHEST)
         exact, exact_total = exact + more, exact_total + more_total
         key, value = most(key, more_key), most(value, more_value)
@@ -171,7 +169,8 @@ def _judge(
     delta_max = q_norm * (kappa_max * SLACK)
     e_key = (k0 + k1 * h_bar) / (total * l_minus)
     linear = (g0 + g1 * h_bar) / (total * l_minus)
-    of_originals = 32 * U * (q_norm * key + tl.abs(reference)) + EXP_RELATIVE_ERROR + PER_PROGRAM * 2.0**-21
+    rises = tl.minimum(n_promoted, PER_PROGRAM).to(tl.float32) + 1
+    of_originals = 32 * U * (q_norm * key + tl.abs(reference)) + EXP_RELATIVE_ERROR + rises * 2.0**-21
     of_originals += eps_original * key * SLACK
     eps = most(eps, of_originals)
     grow = exp_up(least(eps, MAX_DELTA))
@@ -337,7 +336,6 @@ def judge(
     coarse: jax.Array,  # [H, NT, 4, C] of the scan
     fine: jax.Array,  # [H, NT, 4, C] of the second pass
     acc: jax.Array,  # [H, S, d, C] of the second pass
-    fine_acc: jax.Array,  # [H, S', d, C] of tiles at the finest level
     windows: tuple[jax.Array, jax.Array],  # [H, W, d, C], [H, W, 4, C]
     promoted: tuple[jax.Array, jax.Array],  # [H, P, d, C], [H, P, 4, C]
     counts: jax.Array,  # [H, COUNTS] int32
@@ -357,16 +355,16 @@ def judge(
     n_tiles, f32 = coarse.shape[1], jnp.float32
     tiles = max(32, min(128, triton.next_power_of_2(n_tiles) // 4))  # that a program of the first kernel looks at
     parts = -(-n_tiles // tiles)
-    per_part = -(-max(splits, fine_acc.shape[1]) // parts)
+    per_part = -(-splits // parts)
     shape = dict(H=heads, NT=n_tiles, C=columns, D=d)
     sums, read = launch(
-        _tally, levels, coarse, fine, acc, fine_acc, counts,
+        _tally, levels, coarse, fine, acc,
         *(notes[x] for x in ("kappa", "eta", "nu", "sigma_k", "sigma_v")), facts, meta, layer,
         out=[
             jax.ShapeDtypeStruct((heads, parts, SUMS.value, columns), f32),
             jax.ShapeDtypeStruct((heads, parts, d, columns), f32),
         ],
-        grid=(heads, parts), FLAGS=levels.shape[1], S=splits, S_FINE=fine_acc.shape[1], PER_PART=per_part,
+        grid=(heads, parts), FLAGS=levels.shape[1], S=splits, PER_PART=per_part,
         PER_PART_UP=triton.next_power_of_2(per_part), T=tiles, **shape,
     )  # fmt: skip
     from_windows, from_host = windows[0].shape[1], promoted[0].shape[1]

@@ -19,15 +19,18 @@ ROWS = 64
 """Tokens, or channels, that are looked at at once: what a whole tile takes of registers would leave room for fewer
 programs."""
 
+HALF = TILE // 2
+"""Tokens that are read from the host at once."""
+
 LOWEST = -1e30
 """Score of what is not attended to."""
 
 
 def load_from_host(sources, targets) -> None:
-    """Tiles `[TILE, d]` bfloat16 of memory that the copy engine does not reach, by the threads themselves: all are on
-    their way before the first arrives."""
+    """Halves of tiles, `[HALF, d]` bfloat16, of memory that the copy engine does not reach, by the threads themselves:
+    all are on their way before the first arrives."""
     d = sources[0].shape[-1]
-    copied = plgpu.Layout.SMEM_GMEM_COPY((TILE, d), jnp.bfloat16, plgpu.find_swizzle(16 * d))
+    copied = plgpu.Layout.SMEM_GMEM_COPY((HALF, d), jnp.bfloat16, plgpu.find_swizzle(16 * d))
     tiles = [plgpu.load(source, layout=copied, optimized=False) for source in sources]
     for tile, target in zip(tiles, targets, strict=True):
         target[...] = tile
@@ -37,26 +40,26 @@ def load_from_host(sources, targets) -> None:
 def attend_original_tile(
     live, queries, unit, shift, keys, values, weights, carry, interpret, values_ready=lambda: None
 ):
-    """One tile of originals in shared memory, [TILE, d] bfloat16 each, of which the first `live` tokens count. Values
-    may share the memory of the keys; `values_ready` then puts them there once the keys have been read."""
+    """Some tokens of originals in shared memory, [n, d] bfloat16 each, of which the first `live` count. Values may
+    share the memory of the keys; `values_ready` then puts them there once the keys have been read."""
     acc, total, k_max, v_max, peak = carry  # the squares of the longest key and value; the largest score
-    columns = unit.shape[1]
+    n, columns = unit.shape
 
     def largest(ref):
         def visit(i, found):
             x = ref[pl.ds(i * ROWS, ROWS)].astype(jnp.float32)
             return jnp.maximum(found, mg.over_columns((x * x).sum(axis=1), columns).max(axis=0))
 
-        return lax.fori_loop(0, TILE // ROWS, visit, jnp.zeros((columns,), jnp.float32))
+        return lax.fori_loop(0, n // ROWS, visit, jnp.zeros((columns,), jnp.float32))
 
     k_max = jnp.maximum(k_max, largest(keys))
-    x = together([mg.sum_products(TILE, [(keys, q.transpose((1, 0)))], interpret) for q in queries]) * unit + shift
-    seen = lax.broadcasted_iota(jnp.int32, (TILE, columns), 0) < live
-    x = jnp.where(seen, x, jnp.full((TILE, columns), LOWEST, jnp.float32))
+    x = together([mg.sum_products(n, [(keys, q.transpose((1, 0)))], interpret) for q in queries]) * unit + shift
+    seen = lax.broadcasted_iota(jnp.int32, (n, columns), 0) < live
+    x = jnp.where(seen, x, jnp.full((n, columns), LOWEST, jnp.float32))
     higher = jnp.maximum(peak, x.max(axis=0))
     shrink = jnp.exp2(peak - higher)
-    p = jnp.exp2(x - mg.over_rows(higher, TILE))
-    p = jnp.where(seen, p, jnp.zeros((TILE, columns), jnp.float32))
+    p = jnp.exp2(x - mg.over_rows(higher, n))
+    p = jnp.where(seen, p, jnp.zeros((n, columns), jnp.float32))
     mg.store_weights(p, weights)
     plgpu.commit_smem()
     values_ready()
@@ -98,7 +101,9 @@ def attend_chosen_originals(
     h, part, layer, length, flags_ref, level: int, q_ref, numbers_ref, host_refs, found_refs, parts: int, *,
     alone: bool, interpret,
 ):  # fmt: skip
-    """What program `part` of `parts` does for a head: attend to the tiles that `flags_ref` has at a level."""
+    """What program `part` of `parts` does for a head: attend to the tiles that `flags_ref` has at a level, or to a half
+    of each: one processor takes 10 us to read a tile over the bus, two take half of that."""
+    sharing = 2 - parts % 2
     k_ref, v_ref = host_refs
     acc_ref, sums_ref = found_refs
 
@@ -108,20 +113,21 @@ def attend_chosen_originals(
         plgpu.copy_gmem_to_smem(flags_ref.at[h], flags, barrier)
         load_exact_queries(h, q_ref, numbers_ref, queries, numbers, barrier)
         plgpu.barrier_wait(barrier)
-        count = mg.list_chosen(flags, level, order, part, parts)
-        unit = mg.over_rows(numbers[UNIT_EXACT], TILE)
-        shift = jnp.zeros((TILE, columns), jnp.float32) if alone else mg.over_rows(numbers[SHIFT_EXACT], TILE)
+        count = mg.list_chosen(flags, level, order, part // sharing, parts // sharing)
+        unit = mg.over_rows(numbers[UNIT_EXACT], HALF)
+        shift = jnp.zeros((HALF, columns), jnp.float32) if alone else mg.over_rows(numbers[SHIFT_EXACT], HALF)
 
         def visit(i, carry):
-            start = order[i] * TILE
-            here = pl.ds(start, TILE)
+            half = part % 2 if sharing == 2 else i % 2
+            start = order[i * sharing // 2] * TILE + half * HALF
+            here = pl.ds(start, HALF)
             plgpu.commit_smem()  # a barrier: no warp reads the tile before any more
             load_from_host((k_ref.at[layer, h, here], v_ref.at[layer, h, here]), (keys, values))
             return attend_original_tile(
                 length - start, queries, unit, shift, keys, values, weights, carry, interpret
             )
 
-        carry = lax.fori_loop(0, count, visit, nothing(d, columns))
+        carry = lax.fori_loop(0, count * 2 // sharing, visit, nothing(d, columns))
         store_result(carry, out, sums, acc_ref.at[h, part], sums_ref.at[h, part])
         plgpu.wait_smem_to_gmem(0)
 
@@ -134,13 +140,13 @@ def scratch_of_originals(rows: tuple[int, int], parts: int, q) -> list:
     return [
         plgpu.SMEM(rows, jnp.int32),
         plgpu.SMEM(q.numbers.shape[1:], jnp.float32),
-        plgpu.SMEM((-(-rows[0] * rows[1] // parts),), jnp.int32),
+        plgpu.SMEM((-(-rows[0] * rows[1] * (2 - parts % 2) // parts),), jnp.int32),
         plgpu.SMEM((d, columns), jnp.float32),
         plgpu.SMEM((4, columns), jnp.float32),
         plgpu.Barrier(num_arrivals=2 + PARTS),
         *[mg.tile_ref((columns, d), jnp.bfloat16)] * PARTS,
-        *[mg.tile_ref((TILE, d), jnp.bfloat16)] * 2,
-        mg.weights_ref(columns),
+        *[mg.tile_ref((HALF, d), jnp.bfloat16)] * 2,
+        mg.weights_ref(columns, tokens=HALF),
     ]
 
 

@@ -129,7 +129,7 @@ def prepare_queries(
             jax.ShapeDtypeStruct((heads, 7, columns), f32),
             jax.ShapeDtypeStruct((heads, 4, columns), f32),
         ],
-        grid=(heads,), H=heads, GROUP=group, G=columns // 2, D=d, ROOT=d**0.5, VANISHED=vanished, ROOM=room,
+        grid=(heads,), warps=8, H=heads, GROUP=group, G=columns // 2, D=d, ROOT=d**0.5, VANISHED=vanished, ROOM=room,
         TENSOR_UNIT=tensor_unit, GAMMA=num.gamma(d + 4),
     )  # fmt: skip
     return qr.Operands(parts, wide, numbers), facts

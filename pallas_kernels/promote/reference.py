@@ -1,6 +1,7 @@
 """Promotion: read the originals of chosen blocks from the host tier, block by block.
 
-A block is read once for the `G` query heads of its KV head, whichever of them asked for it.
+A block is read once for the `G` query heads of its KV head, whichever of them asked for it. Originals that are on the
+device anyway are all read at once (`..._together`): loops over blocks are slow there.
 """
 
 from __future__ import annotations
@@ -58,6 +59,35 @@ def promoted_values(
 
     start = jnp.zeros((b, n_heads, group, d)), jnp.zeros((b, n_heads, n_blocks, size))
     return _for_each_page(promoted.any(2), visit, start)
+
+
+def promoted_scores_together(
+    q: jax.Array,  # [b, Hkv, G, d] float32
+    scores: jax.Array,  # [b, Hkv, G, NB, B] with tier-1 keys
+    pages: jax.Array,  # [b, Hkv, NB] bool
+    keys: jax.Array,  # [b, Hkv, NB * B, d] originals on the device
+) -> jax.Array:  # [b, Hkv, G, NB, B]
+    """`promoted_scores`: all blocks are scored, those in `pages` taken."""
+    exact = num.dot_scores(q, keys.astype(jnp.float32)).reshape(scores.shape)
+    # A barrier: every use of a score is of the same float32 number.
+    return lax.optimization_barrier(jnp.where(pages[:, :, None, :, None], exact, scores))
+
+
+def promoted_values_together(
+    w: jax.Array,  # [b, Hkv, G, NB, B] softmax numerators
+    promoted: jax.Array,  # [b, Hkv, G, NB] bool
+    decoded: jax.Array,  # [b, Hkv, NB, B, d] what tier 1 says
+    values: jax.Array,  # [b, Hkv, NB * B, d] originals on the device
+) -> tuple[jax.Array, jax.Array]:
+    """`promoted_values`: all blocks are read, those promoted counted."""
+    read = promoted.any(2)[..., None]  # [b, Hkv, NB, 1]
+    w = jnp.where(promoted[..., None], w, 0.0)
+    # where, not the weight of 0: what is not read may be anything, NaN included.
+    v = jnp.where(read[..., None], values.astype(jnp.float32).reshape(decoded.shape), 0.0)
+    of_block = jnp.einsum("bhgns,bhnsd->bhngd", w, v, precision=lax.Precision.HIGHEST)
+    # A barrier between the sum of a block and that of the blocks: as many additions as block by block, at most.
+    summed = lax.optimization_barrier(of_block).sum(2)
+    return summed, jnp.where(read, num.norm_up(v - decoded), 0.0)
 
 
 def _for_each_page(pages: jax.Array, visit, carry):

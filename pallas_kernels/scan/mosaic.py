@@ -21,7 +21,7 @@ from pallas_kernels.originals.mosaic import (
 )
 from pallas_kernels.query import HALF, PARTS, SHIFT, SHIFT_EXACT, UNIT, UNIT_EXACT
 
-STAGES = 3
+STAGES = 2
 """Tiles of keys on their way into shared memory."""
 
 
