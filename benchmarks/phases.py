@@ -1,23 +1,31 @@
-"""Where the time of a certified attention op goes on a GPU, kernel by kernel, from a profile:
-`python -m benchmarks.phases --contexts 8192,32768 --out phases.json`.
+"""Where the time of a certified attention op goes on a Hopper GPU, kernel by kernel:
+`python -m benchmarks.phases --contexts 8192,32768,65536,131072 --out phases.json`.
+
+What `certjax bench attention` times, and a profile of it. All contexts are compiled at once, as that takes most of the
+time.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import functools
 import glob
 import gzip
 import json
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from certjax.attention import certified_layer, naive_layer
+from certjax.attention import certified_layer, common_to_layers
 from certjax.bench import attention as bench
-from certjax.bench import workloads
+from certjax.bench import timing, workloads
+from certjax.certificate import Certificate
 
 CALLS = 20
 
@@ -26,47 +34,111 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--contexts", default="8192,32768,65536,131072")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--workload", default="concentrated", choices=workloads.WORKLOADS)
+    parser.add_argument("--workloads", default="concentrated")
     parser.add_argument("--out", help="write JSON here")
     args = parser.parse_args()
-    rows = []
-    for n in map(int, args.contexts.split(",")):
-        for mode in ("certified", "naive"):
-            row = phases(mode, args.workload, args.batch, n)
-            rows.append(row)
-            print(f"{mode} at {n}: {row['busy_us']} us busy of {row['span_us']} a call, {row['kernels']} kernels")
-            for name, (count, us) in row["by_kernel"].items():
+    contexts, kinds = [int(n) for n in args.contexts.split(",")], args.workloads.split(",")
+    if unknown := set(kinds) - set(workloads.WORKLOADS):
+        parser.error(f"--workloads: unknown {', '.join(unknown)}; choose from {', '.join(workloads.WORKLOADS)}.")
+    with ThreadPoolExecutor(len(contexts)) as pool:
+        programs = list(pool.map(lambda n: compiled(args.batch, n), contexts))
+    payload = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "rows": []}
+    for n, (build, certified) in zip(contexts, programs, strict=True):
+        for row in rows(n, args.batch, kinds, build, certified):
+            payload["rows"].append(row)
+            p = row["profile"]
+            print(f"{row['workload']} at {n}: {row['certified_us']['p50']} us, {row['certified_over_dense']}x dense; "
+                  f"{p['busy_us']} us busy, {p['kernels']} kernels")  # fmt: skip
+            for name, (count, us) in p["by_kernel"].items():
                 print(f"  {us:8.2f} us  {count:6.2f} x {name}", flush=True)
-    if args.out:
-        with open(args.out, "w") as f:
-            json.dump({"device": str(jax.devices()[0].device_kind), "jax": jax.__version__, "rows": rows}, f, indent=1)
+            if args.out:
+                with open(args.out, "w") as f:
+                    json.dump(payload, f, indent=1)
 
 
-def phases(mode: str, kind: str, batch: int, n: int) -> dict:
+POLICY = bench.default_policy()
+
+
+def many(q, cache, common):
+    """CALLS steps, each of which waits for the one before; their certificates are stored."""
+
+    def step(q, _):
+        out, certificate = certified_layer(q, cache, jnp.int32(0), POLICY, common)
+        return q + out.reshape(q.shape) * 1e-20, certificate.packed()
+
+    q, certificates = lax.scan(step, q, None, length=CALLS)
+    return q, certificates[-1]
+
+
+def compiled(batch: int, n: int):
+    """Programs that build a cache and that attend to it."""
+    device = jax.devices()[0]
+
+    def at(x, kind="device", **space):
+        sharding = jax.sharding.SingleDeviceSharding(device, memory_kind=kind)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding, **space)
+
+    heads, group, d = bench.SHAPE.values()
+    originals = at(jax.ShapeDtypeStruct((batch, heads, n, d), jnp.bfloat16))
+    build = bench._build.lower(originals, originals, POLICY)
+    cache = jax.eval_shape(lambda k, v: bench._build(k, v, POLICY), originals, originals)
+    common = jax.tree.map(at, jax.eval_shape(lambda c: common_to_layers(c, POLICY, heads * group), cache))
+    # There is no public way to say that an argument to come is in host memory.
+    host = [at(x, "pinned_host", _memory_space=jax.memory.Space.Host) for x in (cache.host_keys, cache.host_values)]
+    cache = jax.tree.map(at, cache).replace(host_keys=host[0], host_values=host[1])
+    q = at(jax.ShapeDtypeStruct((batch, heads * group, d), jnp.float32))
+    return build.compile(), jax.jit(many).lower(q, cache, common).compile()
+
+
+def rows(n: int, batch: int, kinds: list[str], build, certified):
+    baseline = None
+    for kind in kinds:
+        q, k, v = bench._problem(kind, jax.random.key(0), batch, n, **bench.SHAPE)
+        if baseline is None:
+            kd, vd = (jax.block_until_ready(x.swapaxes(1, 2)) for x in (k, v))
+            baseline = {
+                name: timing.quantiles(timing.per_call(functools.partial(bench.dense, implementation=name), q, kd, vd))
+                for name in bench.dense_names()
+            }
+            del kd, vd
+        cache = build(k, v)
+        common = jax.jit(common_to_layers, static_argnums=(1, 2))(cache, POLICY, q.shape[1])
+        arguments = q, cache, common
+        certificate = jax.device_get(Certificate.unpacked(certified(*arguments)[1][None]))
+        figures = timing.quantiles(_times(certified, *arguments))
+        best = min(x["p50"] for x in baseline.values())
+        sizes, dense_bytes = cache.nbytes(), 2 * k.nbytes
+        yield {
+            "context": n, "batch": batch, "workload": kind, "dense_us": baseline, "certified_us": figures,
+            "certified_over_dense": round(figures["p50"] / best, 3), "dense_bytes": dense_bytes,
+            "bytes_read": float(certificate.bytes_read.sum()),
+            "bytes_paged_in": float(certificate.bytes_paged_in.sum()),
+            "device_bytes_over_dense": round((sizes["tier1"] + sizes["windows"]) / dense_bytes, 4),
+            "rungs": np.bincount(certificate.rung.ravel(), minlength=5).tolist(),
+            "tiles_skipped": float(certificate.n_value_skipped.mean()),
+            "tiles_finest": float(certificate.n_key_refined.mean()),
+            "tiles_promoted": float(certificate.k_star.mean()),
+            "profile": _profile(certified, *arguments),
+        }  # fmt: skip
+
+
+def _times(f, *arguments, loops: int = 9) -> np.ndarray:
+    figures = []
+    for _ in range(loops):
+        began = time.perf_counter()
+        jax.block_until_ready(f(*arguments))
+        figures.append((time.perf_counter() - began) * 1e6 / CALLS)
+    return np.sort(figures)
+
+
+def _profile(f, *arguments) -> dict:
     """Microseconds and launches a call, by kernel."""
-    policy = bench.default_policy()
-    q, k, v = bench._problem(kind, jax.random.key(0), batch, n, **bench.SHAPE)
-    cache = jax.block_until_ready(bench._build(k, v, policy))
-    attend = {
-        "certified": lambda q, cache: certified_layer(q, cache, jnp.int32(0), policy)[0],
-        "naive": lambda q, cache: naive_layer(q, cache, jnp.int32(0), policy),
-    }[mode]
-
-    @jax.jit
-    def many(q, cache):
-        return lax.scan(lambda q, _: (q + attend(q, cache).reshape(q.shape) * 1e-20, None), q, None, length=CALLS)[0]
-
-    jax.block_until_ready(many(q, cache))
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            jax.block_until_ready(many(q, cache))
+            jax.block_until_ready(f(*arguments))
         (path,) = glob.glob(f"{folder}/**/*.trace.json.gz", recursive=True)
-        with gzip.open(path) as f:
-            events = json.load(f)["traceEvents"]
-    return {"mode": mode, "workload": kind, "batch": batch, "context": n} | _summary(events)
-
-
-def _summary(events: list[dict]) -> dict:
+        with gzip.open(path) as file:
+            events = json.load(file)["traceEvents"]
     names = {e["pid"]: e["args"]["name"] for e in events if e.get("name") == "process_name"}
     threads = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e.get("name") == "thread_name"}
     found = collections.defaultdict(lambda: [0, 0.0])

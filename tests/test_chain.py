@@ -5,6 +5,9 @@ Without a GPU Triton's kernels are interpreted (`conftest.py`) and the others ar
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -109,6 +112,27 @@ def test_a_row_that_failed_is_dense():
     assert set(certificate.rung[0].ravel()) == {0} and set(certificate.rung[1].ravel()) == {4}
     assert not certificate.precondition_ok[1].any() and certificate.precondition_ok[0].all()
     np.testing.assert_allclose(out[1], exact(q, cache)[1], rtol=0, atol=1e-4)
+
+
+def test_kernels_translate_for_a_gpu_without_one():
+    """Into Triton's intermediate language, in a process of its own that does not interpret."""
+    program = """
+import jax, jax.numpy as jnp
+from certjax import Policy
+from certjax.fused.chain import chained_attention
+from pallas_kernels.dispatch import mosaic_kernels
+from tests.test_chain import B, GROUPS, H, problem
+for d in GROUPS:
+    policy = Policy.budget(0.05, block_size=128)
+    q, cache = (jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), x) for x in problem(d)[::-1])
+    f = lambda q, c: chained_attention(q, c, jnp.int32(1), policy, mosaic_kernels(B * H), jnp.ones(B, bool))
+    text = jax.jit(f).trace(q, cache).lower(lowering_platforms=("cuda",)).as_text()
+    print(text.count("custom_call @__gpu$xla.gpu.triton"), text.count("mosaic_gpu_v2"))
+"""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["8", "3"] * len(GROUPS), done.stdout
 
 
 @pytest.mark.parametrize("leaf", ["kappa", "eta", "nu", "k_norm"])

@@ -12,8 +12,9 @@ import numpy as np
 from jax import lax
 
 
-def per_call(f: Callable[..., jax.Array], q: jax.Array, *arguments: Any, calls: int = 20, loops: int = 9) -> np.ndarray:
-    """Microseconds a call of `f(q, *arguments)`, one figure a loop of `calls`: sorted.
+def per_call(f: Callable[..., Any], q: jax.Array, *arguments: Any, calls: int = 20, loops: int = 9) -> np.ndarray:
+    """Microseconds a call of `f(q, *arguments)`, one figure a loop of `calls`: sorted. `f` may return a record beside
+    its output, which is stored.
 
     Every call depends on the one before. The loop's own overhead, 15 to 20 us an iteration on an H100, is included; it
     is the same for everything measured with this function.
@@ -22,9 +23,11 @@ def per_call(f: Callable[..., jax.Array], q: jax.Array, *arguments: Any, calls: 
     @functools.partial(jax.jit)
     def many(q, *arguments):
         def body(q, _):
-            return q + f(q, *arguments).reshape(q.shape).astype(q.dtype) * 1e-20, None
+            found = f(q, *arguments)
+            out, record = found if isinstance(found, tuple) else (found, None)
+            return q + out.reshape(q.shape).astype(q.dtype) * 1e-20, record
 
-        return lax.scan(body, q, None, length=calls)[0]
+        return lax.scan(body, q, None, length=calls)
 
     jax.block_until_ready(many(q, *arguments))
     figures = []

@@ -110,7 +110,8 @@ class _Step:
     def plan(self, scan: _Scan) -> Plan:
         if self.policy.tolerance is None:
             return self.everything()
-        return choose(self.policy, self.batch, self.group, scan.sums, scan.windows, self.queries, self.layer)
+        summed = bd.summing(self.d, self.additions, bd.TILE + self.n_tiles + 64)
+        return choose(self.policy, self.batch, self.group, scan.sums, scan.windows, self.queries, self.layer, summed)
 
     def attend(self, scan: _Scan, plan: Plan, *, promote: bool) -> bd.Pass:
         """Read what a plan asks for; without `promote` it asks for nothing of tier 2."""

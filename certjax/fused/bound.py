@@ -244,6 +244,11 @@ def summed(additions: int) -> float:
     return 2.0**-17 + 16 * TENSOR_UNIT + num.gamma(additions)
 
 
+def summing(d: int, additions: int, depth: int) -> float:
+    """About what the sums of values and weights add to a bound, in shares of the mean of nu: for the plan."""
+    return (1 + 0.3 * d**0.5) * summed(additions + depth) + 4 * num.gamma(depth)
+
+
 def judge_dense(
     found: Exact, queries: Queries, n: int, tiles: int, additions: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -53,7 +53,7 @@ def chained_attention(
     }  # fmt: skip
     turn, (_, flags) = ops.rotation_matrix(d), qr.row_of_flags(n_tiles)
     tiles, additions = per_program_of(n_tiles, kernels), additions_of(n_tiles, kernels)
-    depth = bd.TILE + n_tiles + 64
+    depth = bd.TILE + min(n_tiles, sum(judging.tiles_and_parts(n_tiles))) + 64
     rounding = judging.Rounding(
         per_program=tiles, split=bd.summed(additions + depth), turning=ops.turning_back(d),
         depth_gamma=num.gamma(depth), inflate=inflate(2 * depth), vanished=ops.VANISHED, highest=bd.HIGHEST,
@@ -75,7 +75,7 @@ def chained_attention(
         heads=n_heads, group=group, relative_to=policy.relative_to, tolerance=policy.tolerance, margin=policy.margin,
         pooled=policy.pooled, coarse_fee=pl.COARSE_BYTES / pl.FINEST_BYTES,
         host_fee=policy.host_price * pl.ORIGINAL_BYTES / pl.FINEST_BYTES, max_promoted=policy.max_promoted,
-        highest=bd.HIGHEST,
+        highest=bd.HIGHEST, summed=bd.summing(d, additions, depth),
     )  # fmt: skip
     levels, counts = planning.choose(
         (stats, *windows), notes, facts, common.largest, value_centre, meta, index, terms, flags

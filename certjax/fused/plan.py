@@ -12,7 +12,6 @@ from certjax.fused import reduce as rd
 from certjax.fused.bound import COARSE, FINEST, PROMOTE, SKIP, Exact, TileSums, delta_of, key_terms, no_nan, value_terms
 from certjax.fused.operands import Layer, Queries
 from certjax.policy import Policy
-from pallas_kernels import numerics as num
 
 FINEST_BYTES, COARSE_BYTES, ORIGINAL_BYTES = 2.3, 0.64, 4.0
 """Of a key's and a value's channel, with scales and weights, that the second pass reads."""
@@ -40,11 +39,19 @@ def tolerances(policy: Policy, batch: int, norm: jax.Array) -> jax.Array:
 
 
 def choose(
-    policy: Policy, batch: int, group: int, sums: TileSums, windows: Exact, queries: Queries, layer: Layer
+    policy: Policy,
+    batch: int,
+    group: int,
+    sums: TileSums,
+    windows: Exact,
+    queries: Queries,
+    layer: Layer,
+    summed: float,
 ) -> Plan:
     """Every tile at the level with the least error plus price, at the highest price at which what is left fits.
 
-    Estimates decide what is read and nothing else: what was read is judged afterwards.
+    Estimates decide what is read and nothing else: what was read is judged afterwards. `summed`: what the sums of
+    values and weights may add, by `bound.summing`.
     """
     centre = layer.value_centre[:, None]
     # Values not seen yet are taken to point anywhere: their squares add up.
@@ -59,7 +66,6 @@ def choose(
     room = policy.margin * tolerances(policy, batch, jnp.sqrt(norm + unseen)[:, :group])  # [H, G]
     h = jnp.sqrt(from_centre + unseen).at[:, :group].add(2 * room)  # what the values may add to it
     nu_mean = mean + windows.total / total * (windows.value + layer.value_centre_norm[:, None])
-    summed = 4 * num.gamma(sums.a.shape[1] + 192)  # about what the sums of values and weights add
     rounding = (1.25 * jnp.expm1(queries.eps) * (nu_mean + h) + summed * nu_mean)[:, :group] / room
     scale = (1 / (room * total[:, :group]))[:, None]
 

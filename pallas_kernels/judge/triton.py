@@ -331,6 +331,12 @@ class Rounding:
     highest: float
 
 
+def tiles_and_parts(n_tiles: int) -> tuple[int, int]:
+    """Tiles that a program of `_tally` adds up, and how many such sums are added up after it."""
+    tiles = max(32, min(128, triton.next_power_of_2(n_tiles) // 4))
+    return tiles, -(-n_tiles // tiles)
+
+
 def judge(
     levels: jax.Array,  # [H, flags] int32
     coarse: jax.Array,  # [H, NT, 4, C] of the scan
@@ -353,8 +359,7 @@ def judge(
     """Outputs `[H, C, d]`, and the rows NORM to PASSED of each head, `[H, ROWS, C]`, float32."""
     heads, splits, d, columns = acc.shape
     n_tiles, f32 = coarse.shape[1], jnp.float32
-    tiles = max(32, min(128, triton.next_power_of_2(n_tiles) // 4))  # that a program of the first kernel looks at
-    parts = -(-n_tiles // tiles)
+    tiles, parts = tiles_and_parts(n_tiles)
     per_part = -(-splits // parts)
     shape = dict(H=heads, NT=n_tiles, C=columns, D=d)
     sums, read = launch(

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from pallas_kernels import numerics as num
 from pallas_kernels.device_math import exp_down, expm1_up, least, most, no_nan, product, rounded
 from pallas_kernels.launch import launch
 from pallas_kernels.tile_facts import add_originals, key_terms, number, tile_sums
@@ -249,6 +248,7 @@ class Terms:
     host_fee: float
     max_promoted: float
     highest: float
+    summed: float  # what sums may add, `certjax.fused.bound.summing`
 
 
 def choose(
@@ -285,7 +285,7 @@ def choose(
         ],
         grid=(heads, chunks), warps=8, H=heads, CHUNKS=chunks, CHUNKS_UP=triton.next_power_of_2(chunks), T=CHUNK,
         RELATIVE_TO=terms.relative_to, TOLERANCE=terms.tolerance, MARGIN=terms.margin,
-        SUMMED=4 * num.gamma(n_tiles + 192), **of_row, **fees, **shape,
+        SUMMED=terms.summed, **of_row, **fees, **shape,
     )  # fmt: skip
     i32 = [jax.ShapeDtypeStruct((heads, n), jnp.int32) for n in (flags, COUNTS.value)]
     return launch(
