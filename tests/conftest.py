@@ -43,8 +43,8 @@ def released_programs():
 
 
 LONGEST = (
-    "test_soundness.py", "test_notebook.py", "test_attention.py", "test_generate.py", "test_codecs.py", "test_cache.py",
-    "test_engine.py", "test_extremes.py", "test_cli.py", "test_faults.py", "test_generate_codecs.py",
+    "test_soundness.py", "test_chain.py", "test_notebook.py", "test_attention.py", "test_generate.py", "test_codecs.py",
+    "test_cache.py", "test_engine.py", "test_extremes.py", "test_cli.py", "test_faults.py", "test_generate_codecs.py",
 )  # fmt: skip
 """Files that take long go first (with xdist's --no-loadscope-reorder), so that no worker is left alone with one."""
 
