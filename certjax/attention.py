@@ -25,9 +25,13 @@ from certjax.fused.dispatch import FUSED, kernels_of, pick_backend
 from certjax.fused.operands import Shared, shared
 from certjax.policy import Policy
 from pallas_kernels import numerics as num
-from pallas_kernels.attend.reference import block_log_mass
-from pallas_kernels.dense.reference import dense_heads
-from pallas_kernels.promote.reference import promoted_scores, promoted_values
+from pallas_kernels.attend.reference import Weights, block_log_mass
+from pallas_kernels.promote.reference import (
+    promoted_scores,
+    promoted_scores_together,
+    promoted_values,
+    promoted_values_together,
+)
 
 ROUNDS = 2
 """Plans a budget policy makes before it goes dense: the first on estimates, the second on what came of it."""
@@ -58,7 +62,7 @@ def certified_attention(
     InvalidArgumentError
         If `q` does not fit the cache.
     MissingTier2Error
-        If the originals are missing or not in host memory.
+        If the originals are missing, or not in the memory that the cache's policy says.
     """
     cache.require_tier2()
     groups = _grouped(q, cache)
@@ -125,7 +129,7 @@ def naive_attention(q: jax.Array, cache: TieredKVCache) -> jax.Array:
 
 
 def dense_attention(q: jax.Array, cache: TieredKVCache) -> jax.Array:
-    """Exact attention over the originals in tier 2, head by head: `[batch, Hq, d]` float32.
+    """Exact attention over the originals in tier 2: `[batch, Hq, d]` float32.
 
     The same function as the ladder's dense rungs.
 
@@ -137,8 +141,7 @@ def dense_attention(q: jax.Array, cache: TieredKVCache) -> jax.Array:
     cache.require_tier2()
     groups = _grouped(q, cache)
     wanted = jnp.ones(groups.shape[:2], bool)
-    originals = ladder.originals_of(cache)
-    return _flat(dense_heads(groups, originals, cache.length, wanted, jnp.zeros(groups.shape))[0])
+    return _flat(ladder.attend_densely(cache, groups, wanted, jnp.zeros(groups.shape))[0])
 
 
 def _finest(problem: reading.Problem, cache: TieredKVCache):
@@ -226,25 +229,11 @@ def _explored(policy: Policy, problem: reading.Problem, cache: TieredKVCache) ->
 def _attend(policy: Policy, problem: reading.Problem, cache: TieredKVCache, plan: select.Plan,
             keys: reading.Keys, values: reading.Values) -> tuple[att.Attempt, att.Checks]:  # fmt: skip
     """Attend with the originals that the plan asks for, and run the checks that their reading makes possible."""
-    size, d = cache.block_size, cache.head_dim
     explored = _explored(policy, problem, cache)
-
-    def keys_of(row, head, block):
-        return cache.page_in_keys(row, head, block * size, size)
-
-    def values_of(row, head, block):
-        return cache.page_in_values(row, head, block * size, size)
-
-    def decoded(row, head, block):
-        y = lax.dynamic_slice(values.y, (row, head, block * size, 0), (1, 1, size, d))[0, 0]
-        if values.relative is None:
-            return y
-        return cache.codec.from_basis(y) + jnp.where(values.relative[row, head, block], problem.centre[row, head], 0.0)
-
     pages = plan.keys.any(2) | explored
-    exact = promoted_scores(problem.q, keys.scores, pages, keys_of)
+    exact = _rescored(problem, cache, keys, pages)
     w = att.weights(problem, jnp.where(plan.keys[..., None], exact, keys.scores))
-    summed, residual = promoted_values(w.tier1, plan.values, d, decoded, values_of)
+    summed, residual = _summed(problem, cache, values, w, plan.values)
     result = att.evaluate(problem, cache, keys, values, w, plan, summed)
 
     ok = jnp.ones(plan.give_up.shape, bool)
@@ -259,6 +248,41 @@ def _attend(policy: Policy, problem: reading.Problem, cache: TieredKVCache, plan
         canary = checks.scores_consistent(keys.scores, exact, keys.delta, problem.eps, pages)
         canary &= checks.values_consistent(residual, values.eta)[:, :, None]
     return result, att.Checks(ranking, boundary, canary, _scores_finite(problem, keys), pages)
+
+
+def _rescored(problem: reading.Problem, cache: TieredKVCache, keys: reading.Keys, pages: jax.Array) -> jax.Array:
+    """Scores `[b, Hkv, G, NB, B]`, of the blocks in `pages` `[b, Hkv, NB]` with their original keys."""
+    on_device, size = cache.originals(), cache.block_size
+    if on_device is not None:
+        return promoted_scores_together(problem.q, keys.scores, pages, on_device[0])
+
+    def keys_of(row, head, block):
+        return cache.page_in_keys(row, head, block * size, size)
+
+    return promoted_scores(problem.q, keys.scores, pages, keys_of)
+
+
+def _summed(problem: reading.Problem, cache: TieredKVCache, values: reading.Values, w: Weights,
+            promoted: jax.Array) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """What `promoted_values` returns of the blocks that are `promoted` `[b, Hkv, G, NB]`."""
+    on_device, size, d = cache.originals(), cache.block_size, cache.head_dim
+    if on_device is not None:
+        decoded = values.y.reshape(*problem.nu.shape, d)
+        if values.relative is not None:
+            centre = jnp.where(values.relative[..., None, None], problem.centre[:, :, None, None], 0.0)
+            decoded = cache.codec.from_basis(decoded) + centre
+        return promoted_values_together(w.tier1, promoted, decoded, on_device[1])
+
+    def values_of(row, head, block):
+        return cache.page_in_values(row, head, block * size, size)
+
+    def decoded_of(row, head, block):
+        y = lax.dynamic_slice(values.y, (row, head, block * size, 0), (1, 1, size, d))[0, 0]
+        if values.relative is None:
+            return y
+        return cache.codec.from_basis(y) + jnp.where(values.relative[row, head, block], problem.centre[row, head], 0.0)
+
+    return promoted_values(w.tier1, promoted, d, decoded_of, values_of)
 
 
 def _scores_finite(problem: reading.Problem, keys: reading.Keys) -> jax.Array:

@@ -6,7 +6,8 @@ axis `L` on every leaf but `length`; `at(layer)` is a view of one layer that the
 * tier 1, `codes` and `notes`: every closed block, `[b, Hkv, NB, ...]`;
 * windows, on the device in original precision: the first `sink_tokens`, and a ring of the last
   `recent_tokens` plus the block being filled, `[b, Hkv, R*B, d]` where block j sits in slot j mod R;
-* tier 2, every original, bit for bit, `[b, Hkv, N, d]` in `pinned_host` memory.
+* tier 2, every original, bit for bit, `[b, Hkv, N, d]` in `pinned_host` memory, of which pieces are read and
+  written one after another; or, where the policy says `tier2="device"`, on the device, all sequences at once.
 
 A block is encoded once, when its last token arrives, and is never touched again.
 """
@@ -25,7 +26,7 @@ from certjax import host
 from certjax.codecs import Annotations, Codec, HeadStats, fingerprint
 from certjax.codecs.base import Codes
 from certjax.codecs.notes import Shares
-from certjax.encode import close_block, encode_blocks, encode_prompt
+from certjax.encode import close_block, close_blocks, encode_blocks, encode_prompt
 from certjax.errors import ContextLengthError, InvalidArgumentError, MissingTier2Error
 from certjax.policy import Policy
 from pallas_kernels import numerics as num
@@ -51,6 +52,7 @@ class TieredKVCache:
     sound: jax.Array | None = None  # [b] bool, outcome of the fingerprints checked so far (`checks.scrubbed`)
     codec: Codec = struct.field(pytree_node=False, default=None)
     block_size: int = struct.field(pytree_node=False, default=16)
+    tier2: str = struct.field(pytree_node=False, default="host")  # `Policy.tier2`
 
     # -- shapes ---------------------------------------------------------------------------------------
 
@@ -112,7 +114,7 @@ class TieredKVCache:
         keys, values : `[batch, Hkv, N, d]`, or `[L, batch, Hkv, N, d]` for a stacked cache
             Originals, post-RoPE, float16, bfloat16 or float32.
         policy
-            Chooses codec, block size and windows.
+            Chooses codec, block size, windows, and where tier 2 is.
         lengths : `[batch]` int32, optional
             Tokens of each sequence; what lies beyond is ignored. Default: N for all.
         capacity
@@ -142,21 +144,26 @@ class TieredKVCache:
             )
         batch = keys.shape[-4]
         length = jnp.full((batch,), n, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
-        kind = host.host_memory_kind()
 
         def one_layer(kv):
             return encode_prompt(*kv, length, policy, n_blocks)
 
         build = one_layer if keys.ndim == 4 else lambda kv: lax.map(one_layer, kv)
         device_leaves, originals = build((keys, values))
+        if policy.tier2 == "host":
+            kind = host.host_memory_kind()
+            originals = [host.to_host(x, kind) for x in originals]
+        else:  # rounded (again), as in `encode_blocks`: the caller's cast may be in the same program
+            originals = [num.cast(x, x.dtype) for x in originals]
         return cls(
             **device_leaves,
-            host_keys=host.to_host(originals[0], kind),
-            host_values=host.to_host(originals[1], kind),
+            host_keys=originals[0],
+            host_values=originals[1],
             length=length,
             sound=jnp.ones(length.shape, bool),
             codec=policy.make_codec(),
             block_size=block,
+            tier2=policy.tier2,
         )
 
     def at(self, layer: jax.Array) -> TieredKVCache:
@@ -172,7 +179,7 @@ class TieredKVCache:
 
     def stacked(self) -> TieredKVCache:
         """A one-layer cache as a stack of one."""
-        alone = ("length", "layer", "sound", "codec", "block_size")
+        alone = ("length", "layer", "sound", "codec", "block_size", "tier2")
         leaves = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in alone}
         return self.replace(**jax.tree.map(lambda x: x[None], leaves))
 
@@ -218,6 +225,8 @@ class TieredKVCache:
         encode = functools.partial(_encoder, codec=self.codec, form=self.note_form, spectral=self.spectral)
 
         def close(stored):
+            if self.tier2 == "device":
+                return close_blocks(stored, rings, self.stats, cache.length // size - 1, closes, lead, encode)
             for row in range(cache.length.shape[0]):
                 block = cache.length[row] // size - 1
                 stored = close_block(stored, rings, self.stats, row, block, closes[row], lead, encode)
@@ -229,9 +238,12 @@ class TieredKVCache:
     def write(self, k: jax.Array, v: jax.Array, layer: jax.Array | None = None) -> TieredKVCache:
         """Store one token per sequence, `[batch, Hkv, d]`, at position `length` (of layer `layer` when the
         cache is stacked) without counting it yet. In place under jit when the cache is donated."""
+        at = () if layer is None else (layer,)
+        if self.tier2 == "device":
+            return self._write_rows(k, v, at)
         cache = self
         for row in range(self.length.shape[0]):
-            cache = cache._write_row(row, k[row], v[row], () if layer is None else (layer,))
+            cache = cache._write_row(row, k[row], v[row], at)
         return cache
 
     def _write_row(self, row: int, k: jax.Array, v: jax.Array, at: tuple) -> TieredKVCache:
@@ -270,10 +282,42 @@ class TieredKVCache:
                 new[name] = _put(tier2, token, (*at, row), 1, there)
         return self.replace(**new)
 
+    def _write_rows(self, k: jax.Array, v: jax.Array, at: tuple) -> TieredKVCache:
+        """`_write_row` of all rows at once."""
+        size, pos = self.block_size, self.length[:, None, None]
+        batch, n_heads, n_ring, _ = self.ring_keys.shape[-4:]
+        # Every axis but the last is indexed, so that XLA has no reason to transpose the array.
+        at = (*at, jnp.arange(batch)[:, None, None], jnp.arange(n_heads)[:, None])
+
+        def put(x, fresh, place):  # [b, Hkv, n, d] at places [b, 1, n], dropped beyond the end
+            return x.at[(*at, place)].set(fresh, mode="drop", unique_indices=True)
+
+        def token_of(x, token):  # [b, Hkv, 1, d]
+            return num.cast(token, x.dtype)[:, :, None]
+
+        slots = pos // size % self.ring_blocks * size + jnp.arange(size)
+        offset, there = pos[..., None] % size, jnp.where(pos < self.capacity, slots, n_ring + slots)
+
+        def window_block(ring, token):  # as for a row: [b, Hkv, B, d]
+            old = ring.at[(*at, slots)].get(mode="promise_in_bounds")
+            kept = jnp.where(offset == 0, jnp.zeros_like(old), old)
+            return jnp.where(jnp.arange(size)[:, None] == offset, token_of(ring, token), kept)
+
+        new = {}
+        for kind, token in (("keys", k), ("values", v)):
+            ring, sink, tier2 = (getattr(self, f"{name}_{kind}") for name in ("ring", "sink", "host"))
+            new[f"ring_{kind}"] = put(ring, window_block(ring, token), there)
+            if sink.shape[-2]:
+                new[f"sink_{kind}"] = put(sink, token_of(sink, token), pos)
+            if tier2 is not None:
+                new[f"host_{kind}"] = put(tier2, token_of(tier2, token), jnp.minimum(pos, self.capacity - 1))
+        return self.replace(**new)
+
     # -- tier 2 ---------------------------------------------------------------------------------------
 
     def require_tier2(self) -> None:
-        """Refuse a cache whose originals are missing or not where the backend can keep them (P4).
+        """Refuse a cache whose originals are missing or not where they belong (P4): where the policy said when the
+        cache was built, if the backend has such memory.
 
         Raises
         ------
@@ -286,11 +330,27 @@ class TieredKVCache:
             )
         for name in ("host_keys", "host_values"):
             x = getattr(self, name)
-            if host.host_memory_kind() == host.PINNED and not host.in_host_memory(x):
+            if self.tier2 == "device":
+                if host.in_host_memory(x):
+                    raise MissingTier2Error(
+                        f"{name} is in {host.PINNED} memory, and the cache was built with tier2='device'; move it back "
+                        "with jax.device_put(x, jax.memory.Space.Device)."
+                    )
+            elif host.host_memory_kind() == host.PINNED and not host.in_host_memory(x):
                 raise MissingTier2Error(
                     f"{name} is in {jax.typeof(x).memory_space} and not in {host.PINNED} memory; move it back "
-                    "with jax.device_put(x, jax.memory.Space.Host)."
+                    "with jax.device_put(x, jax.memory.Space.Host), or build the cache with tier2='device'."
                 )
+
+    def originals(self) -> tuple[jax.Array, jax.Array] | None:
+        """All original keys and values of this layer, `[b, Hkv, N, d]`; None where they are in host memory, of which
+        only pieces are read."""
+        if self.tier2 == "host":
+            return None
+        both = self.host_keys, self.host_values
+        if self.layer is None:
+            return both
+        return tuple(lax.dynamic_index_in_dim(x, self.layer, 0, keepdims=False) for x in both)
 
     def page_in(self, row, head, start, size: int) -> tuple[jax.Array, jax.Array]:
         """`size` original keys and values `[size, d]` of one sequence and KV head, on the device."""

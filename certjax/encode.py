@@ -138,3 +138,24 @@ def close_block(stored, rings, stats: HeadStats, row: int, block: jax.Array, wan
         return lax.dynamic_update_slice(x, kept, start)
 
     return jax.tree.map(put, stored, encoded)
+
+
+def close_blocks(stored, rings, stats: HeadStats, block: jax.Array, wanted: jax.Array, lead: int, encode):
+    """`close_block` of all sequences at once: `block`, `wanted` `[b]`, `encode` of blocks `[L?, b, Hkv, 1, B, d]`."""
+    at = jnp.maximum(block, 0)
+
+    def held(x):
+        slot = (at % x.shape[-3]).reshape(*[1] * lead, -1, 1, 1, 1, 1)
+        return jnp.take_along_axis(x, slot, axis=lead + 2)
+
+    encoded = encode(*map(held, rings), stats)
+
+    def put(x, fresh):
+        # Every axis up to the blocks' is indexed, so that XLA has no reason to transpose the array. Beyond its end,
+        # where nothing is wanted, nothing is stored.
+        heads = jnp.ix_(*map(jnp.arange, x.shape[: lead + 2]))
+        place = jnp.where(wanted, at, x.shape[lead + 2])[:, None]
+        fresh = jnp.squeeze(fresh, lead + 2)
+        return x.at[(*heads, place)].set(fresh, mode="drop", unique_indices=True)
+
+    return jax.tree.map(put, stored, encoded)

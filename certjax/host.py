@@ -3,6 +3,8 @@
 JAX tracks the memory space of every array; an operation that mixes them is refused when traced. All
 reads of tier 2 are therefore a `dynamic_slice` on the host array followed by a `device_put`, which XLA
 turns into one copy of just that piece.
+
+A cache whose policy says `tier2="device"` keeps tier 2 on the device, and has no use for this.
 """
 
 from __future__ import annotations

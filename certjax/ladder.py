@@ -18,7 +18,7 @@ from certjax.policy import Policy
 from certjax.reading import Problem
 from certjax.select import Plan, plan_bytes
 from pallas_kernels import numerics as num
-from pallas_kernels.dense.reference import Originals, dense_heads
+from pallas_kernels.dense.reference import Originals, dense_heads, dense_heads_together
 
 
 @struct.dataclass
@@ -79,6 +79,16 @@ def originals_of(cache: TieredKVCache) -> Originals:
     return read
 
 
+def attend_densely(
+    cache: TieredKVCache, q: jax.Array, wanted: jax.Array, out: jax.Array, error: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array | None]:
+    """`dense_heads` of the cache's originals, wherever they are."""
+    on_device = cache.originals()
+    if on_device is None:
+        return dense_heads(q, originals_of(cache), cache.length, wanted, out, error)
+    return dense_heads_together(q, *on_device, cache.length, wanted, out, error)
+
+
 def climb(
     policy: Policy,
     problem: Problem,
@@ -108,9 +118,7 @@ def climb(
 
     def make_dense(state: Returned) -> Returned:
         need = state.need
-        out, error = dense_heads(
-            problem.q, originals_of(cache), cache.length, need.any(-1), state.out, state.e_total
-        )
+        out, error = attend_densely(cache, problem.q, need.any(-1), state.out, state.e_total)
         return judged(
             out=jnp.where(need[..., None], out, state.out),
             e_total=jnp.where(need, error, state.e_total),

@@ -44,6 +44,11 @@ class Policy:
         "mean", or "auto": its mean for keys, and for the values of those heads that it shortens.
     sink_tokens, recent_tokens
         Windows kept on the device in original precision, multiples of `block_size`.
+    tier2
+        Where the originals are kept: in "host" memory, or in that of the "device". There they save no memory and cost
+        nothing to read, and all sequences, heads and blocks are handled at once: for evaluating on a GPU what
+        compression does to answers, and for machines without pinned memory. Outputs and certificates are those of
+        "host" up to rounding; `host_price` and the bytes paged in count as if the originals were there.
     tolerance, relative_to
         Budget policy: largest certified error of a returned head that is not dense, as a fraction of the
         norm of the layer's concatenated head outputs over sqrt(Hq) ("layer"), of the head's own output
@@ -89,6 +94,7 @@ class Policy:
     centre: Literal["zero", "mean", "auto"] = "zero"
     sink_tokens: int = 0
     recent_tokens: int = 0
+    tier2: Literal["host", "device"] = "host"
     tolerance: float | None = None
     relative_to: Literal["layer", "head", "absolute"] = "layer"
     skip_values: bool = False
@@ -157,6 +163,7 @@ class Policy:
                 n >= 0 and n % self.block_size == 0,
                 f"{name} must be a non-negative multiple of block_size={self.block_size}, got {n}.",
             )
+        _require(self.tier2 in ("host", "device"), f"tier2 must be 'host' or 'device', got {self.tier2!r}.")
         if self.kind == "budget":
             _require(
                 self.tolerance is not None and self.tolerance > 0,

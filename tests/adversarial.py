@@ -125,6 +125,8 @@ POLICIES = {
     "fused_equal": Policy.budget(0.1, allotment="equal", centre="zero", recent_tokens=0, host_price=1.0, **FUSED),
     "fused_absolute": Policy.budget(0.3, "absolute", max_promoted=1.0, **FUSED),
     "fused_whole": Policy.observe(recent_tokens=0, sink_tokens=0, **FUSED),
+    "paper_on_device": Policy.paper(tier2="device"),
+    "planes_on_device": Policy.budget(0.02, sink_tokens=16, recent_tokens=16, tier2="device"),
     "int8_fp16": Policy.observe(codec="int8_fp16", sink_tokens=0, recent_tokens=16),
     "int8_int8": Policy.budget(0.05, codec="int8_int8", sink_tokens=0, recent_tokens=16, annotations="bfloat16"),
 }

@@ -32,7 +32,7 @@ def originals(dtype=jnp.float16, query_scale: float = 1.0):
 
 STORED = (
     "codec", "block_size", "group_size", "key_metadata", "key_planes", "value_planes", "refine", "rotate", "fp8_scale",
-    "annotations", "spectral", "centre", "sink_tokens", "recent_tokens",
+    "annotations", "spectral", "centre", "sink_tokens", "recent_tokens", "tier2",
 )  # fmt: skip
 """What of a policy a cache depends on."""
 

@@ -98,8 +98,10 @@ def eval_command() -> None:
 @click.option("--windows", "per_text", type=click.IntRange(min=1), default=4, show_default=True,
               help="Of each text and context, spread over the text.")  # fmt: skip
 @click.option("--tasks", "titles", type=Listed(), help="Titles of texts.  [default: all of the corpus]")
+@click.option("--scored", type=click.IntRange(min=1),
+              help="Tokens at the end of a window that are decoded and scored.  [default: half of it]")  # fmt: skip
 @_common
-def ppl_command(per_text, titles, text, contexts, seed, **options) -> None:
+def ppl_command(per_text, titles, scored, text, contexts, seed, **options) -> None:
     """Perplexity of running text: half of each window is prefilled, the other half decoded."""
 
     def works(model: Model) -> list[Work]:
@@ -108,7 +110,7 @@ def ppl_command(per_text, titles, text, contexts, seed, **options) -> None:
             if unknown := [title for title in titles if title not in texts]:
                 raise InvalidArgumentError(f"--tasks: no text {unknown[0]!r} in {text}; it has {', '.join(texts)}.")
             texts = {title: texts[title] for title in titles}
-        return windows(model, texts, contexts, per_text)
+        return windows(model, texts, contexts, per_text, scored)
 
     _evaluate(works, seed=seed, **options)
 

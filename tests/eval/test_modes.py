@@ -20,6 +20,8 @@ MEANINGS = {
     "paper:v_tol=1e-3,k_max=64,canary=False,key_metadata=float16": Policy.paper(
         v_tol=1e-3, k_max=64, canary=False, key_metadata="float16"
     ),
+    "naive:tier2=device": Policy.observe(tier2="device"),
+    "budget:tolerance=0.02,tier2=device": Policy.budget(0.02, tier2="device"),
     "paper:group_size=none, codec=int8_int8": Policy.paper(codec="int8_int8"),
 }
 
@@ -55,6 +57,7 @@ REFUSED = {
     "paper:codec=fp4": ["codec must be one of", "planes", "'fp4'"],
     "budget:key_planes=8x4": ["key_planes must be integers joined by +, such as 8+4"],
     "budget:annotations=int8": ["annotations must be one of bfloat16, byte"],
+    "budget:tier2=disk": ["tier2 must be one of host, device", "'disk'"],
     "paper:tolerance=0.1": ["tolerance has no effect in mode paper"],
     "naive:canary=false": ["canary has no effect in mode naive"],
     "budget:k_max=4": ["k_max has no effect in mode budget"],

@@ -254,12 +254,21 @@ def test_command_writes_records_prints_a_table_and_goes_on(checkpoint, tmp_path)
     assert out.read_bytes() == before
 
 
+def test_command_scores_as_many_tokens_as_it_is_told_and_keeps_tier_2_where_it_is_told(checkpoint, tmp_path):
+    out, mode = tmp_path / "run.jsonl", f"{NAIVE},tier2=device"
+    result = command("ppl", checkpoint, out, "--windows", 2, "--scored", 8, "--mode", mode)
+    assert result.exit_code == 0, result.output
+    assert [(r.mode, r.new_tokens, r.prompt_tokens) for r in records.read(out)] == [(mode, 8, CONTEXT - 8)] * 2
+
+
 BAD = {
     "unknown mode": ("ppl", ["--modes", "dense,sparse"], "unknown name 'sparse'"),
     "bad field": ("ppl", ["--mode", "budget:tol=1"], "unknown field 'tol'"),
     "mode twice": ("ppl", ["--modes", "dense", "--mode", "dense"], "given twice"),
     "contexts": ("ppl", ["--contexts", "2k"], "not a list of positive whole numbers"),
     "context too long": ("ppl", ["--contexts", "4096"], "4096"),
+    "tier 2": ("ppl", ["--mode", "naive:tier2=disk"], "tier2 must be one of host, device, got 'disk'"),
+    "scored": ("ppl", ["--scored", "63"], "63 tokens of a window of 64 cannot be scored"),
     "unknown title": ("ppl", ["--tasks", "emma"], "no text 'emma'"),
     "unknown task": ("ruler", ["--tasks", "vt,xyz"], "unknown task 'xyz'"),
     "task of another benchmark": ("niah", ["--tasks", "vt"], "vt is not of `certjax eval niah`"),
