@@ -160,11 +160,14 @@ def step(
     params: Any,
     cache: DenseKVCache | TieredKVCache,
     tokens: jax.Array,
+    positions: jax.Array | None = None,
 ) -> tuple[jax.Array, DenseKVCache | TieredKVCache, Certificate | None]:
     """One token (`[b]` int32) of every sequence through the model: logits `[b, V]` of the next, the cache that holds
-    it, certificates with leaves `[L, b, Hq]`."""
+    it, certificates with leaves `[L, b, Hq]`. `positions`, `[b]` int32, are those that the cache has come to unless
+    given."""
     plug = make_plug(mode, policy, cache, config.n_heads)
-    logits, cache, records = decode_step(config, params, cache, tokens, cache.length, plug)
+    positions = cache.length if positions is None else positions
+    logits, cache, records = decode_step(config, params, cache, tokens, positions, plug)
     cache = cache.advance(1) if mode == "dense" else cache.advance()
     if mode == "certified" and policy.scrub and pick_backend(policy, cache, config.n_heads) in FUSED:
         cache = scrubbed(cache, policy.scrub)

@@ -11,7 +11,10 @@ import collections
 import functools
 import itertools
 import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -66,36 +69,57 @@ def cases(seed: int, policies: Mapping[str, Sequence[str]]):
 
 
 def run(
-    head_steps: int, seed: int = 0, progress: bool = True, policies: Mapping[str, Sequence[str]] = EVERYTHING
+    head_steps: int,
+    seed: int = 0,
+    progress: bool = True,
+    policies: Mapping[str, Sequence[str]] = EVERYTHING,
+    *,
+    threads: int = 1,
+    minutes: float = float("inf"),
 ) -> collections.Counter:
-    """Check at least `head_steps` head-steps of `policies` in their dtypes; returns counts and prints tightness
-    quantiles."""
+    """Check at least `head_steps` head-steps of `policies` in their dtypes, or as many as `minutes` allow; returns
+    counts and prints tightness quantiles. `threads` share the policies: on a GPU most of the time goes into
+    compilation."""
     totals, ratios, centred = collections.Counter(), [], []
-    with Progress(disable=not progress) as bar:
-        task = bar.add_task("head-steps", total=head_steps)
-        for policy, choice, inputs in cases(seed, policies):
+    lock, end = threading.Lock(), time.monotonic() + 60 * minutes
+
+    def work(first: int) -> None:
+        own = {name: policies[name] for name in list(policies)[first::threads]}
+        for policy, choice, inputs in cases(seed + first, own):
             result = check(inputs, adv.POLICIES[policy])
-            n = result["error"].size
-            totals["head_steps"] += n
-            totals["violations"] += int(result["violation"].sum())
-            totals["contract_broken"] += int(result["contract"].sum())
-            totals["canary_alarms"] += int(result["canary"].sum())
-            totals.update({f"rung_{r}": int((result["rung"] == r).sum()) for r in range(5)})
-            if result["violation"].any() or result["contract"].any():
-                worst = np.nanargmax(result["error"] / result["bound"])
-                print(policy, choice, "error", result["error"].flat[worst], "bound", result["bound"].flat[worst])
-            seen = (result["error"] > 0) & (result["rung"] < 3) & np.isfinite(result["bound"])
-            ratios.append((result["bound"] / np.maximum(result["error"], 1e-300))[seen])
-            seen &= np.isfinite(result["paper"]) & (result["paper"] > 0)
-            centred.append((result["centred"] / np.where(seen, result["paper"], 1.0))[seen])
-            bar.update(task, advance=n)
-            if totals["head_steps"] >= head_steps:
-                break
+            with lock:
+                count(policy, choice, result)
+                if totals["head_steps"] >= head_steps or time.monotonic() > end:
+                    break
+
+    def count(policy: str, choice: tuple, result: dict[str, np.ndarray]) -> None:
+        n = result["error"].size
+        totals["head_steps"] += n
+        totals["violations"] += int(result["violation"].sum())
+        totals["contract_broken"] += int(result["contract"].sum())
+        totals["canary_alarms"] += int(result["canary"].sum())
+        totals.update({f"rung_{r}": int((result["rung"] == r).sum()) for r in range(5)})
+        totals[policy] += n
+        if result["violation"].any() or result["contract"].any():
+            worst = np.nanargmax(result["error"] / result["bound"])
+            print(policy, choice, "error", result["error"].flat[worst], "bound", result["bound"].flat[worst])
+        seen = (result["error"] > 0) & (result["rung"] < 3) & np.isfinite(result["bound"])
+        ratios.append((result["bound"] / np.maximum(result["error"], 1e-300))[seen])
+        seen &= np.isfinite(result["paper"]) & (result["paper"] > 0)
+        centred.append((result["centred"] / np.where(seen, result["paper"], 1.0))[seen])
+        bar.update(task, advance=n)
+
+    with Progress(disable=not progress) as bar, ThreadPoolExecutor(threads) as pool:
+        task = bar.add_task("head-steps", total=head_steps)
+        list(pool.map(work, range(threads)))
     for label, sample in (("bound / true error", ratios), ("centred / paper", centred)):
         values = np.concatenate(sample)
         values = values[np.isfinite(values)]
-        q = np.quantile(values, [0.0, 0.1, 0.5, 0.9])
-        print(f"{label}: min {q[0]:.3g}  p10 {q[1]:.3g}  median {q[2]:.3g}  p90 {q[3]:.3g}  ({values.size} head-steps)")
+        if values.size:
+            low, *q = np.quantile(values, [0.0, 0.1, 0.5, 0.9])
+            print(
+                f"{label}: min {low:.3g}  p10 {q[0]:.3g}  median {q[1]:.3g}  p90 {q[2]:.3g}  ({values.size} head-steps)"
+            )
     return totals
 
 
@@ -104,11 +128,16 @@ def main() -> None:
     parser.add_argument("--head-steps", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--policies", default=",".join(adv.POLICIES), help="comma separated; default: all")
+    parser.add_argument("--threads", type=int, default=1, help="share the policies; default: 1")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long")
     args = parser.parse_args()
     names = args.policies.split(",")
     if unknown := [name for name in names if name not in adv.POLICIES]:
         parser.error(f"--policies: unknown {', '.join(unknown)}; choose from {', '.join(adv.POLICIES)}.")
-    totals = run(args.head_steps, args.seed, policies={name: EVERYTHING[name] for name in names})
+    if not 1 <= args.threads <= len(names):
+        parser.error(f"--threads must be from 1 to the number of policies, {len(names)}; got {args.threads}.")
+    chosen = {name: EVERYTHING[name] for name in names}
+    totals = run(args.head_steps, args.seed, policies=chosen, threads=args.threads, minutes=args.minutes)
     print(dict(totals))
     sys.exit(1 if totals["violations"] or totals["contract_broken"] else 0)
 

@@ -49,7 +49,7 @@ def dense(q: jax.Array, k: jax.Array, v: jax.Array, *, implementation: str) -> j
 
 
 def run(
-    contexts: list[int], batches: list[int], kinds: list[str], policy: Policy, *, loops: int = 9, seed: int = 0
+    policy: Policy, contexts: list[int], batches: list[int], kinds: list[str], *, loops: int = 9, seed: int = 0
 ) -> Iterator[dict[str, Any]]:
     """One row a context, batch and workload. Ratios are to the best dense implementation of the same row.
 

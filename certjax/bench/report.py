@@ -37,8 +37,20 @@ def attention_table(rows: list[dict[str, Any]]) -> str:
 
 def step_table(rows: list[dict[str, Any]]) -> str:
     """Milliseconds a step."""
-    names = [
-        "without attention", "dense attention, all layers", "dense", "naive", "certified", "certified_over_dense",
-        "paged_in_MB_a_step", "rungs",
+    header = [
+        "context", "batch", "workload", "back end", "without attention ms", "dense ms", "naive ms",
+        "certified ms p50 / p95 / p99", "naive / dense", "certified / dense", "host MB read", "rungs 0-4",
+        "memory / dense",
     ]  # fmt: skip
-    return _table(["context", *names], [[r["context"], *(r[name] for name in names)] for r in rows])
+    return _table(
+        header,
+        [
+            [
+                r["context"], r["batch"], r["workload"], r["backend"], r["without attention"]["p50"], r["dense"],
+                r["naive"]["p50"], " / ".join(str(r["certified"][p]) for p in ("p50", "p95", "p99")),
+                r["naive_over_dense"], r["certified_over_dense"], r["paged_in_MB_a_step"],
+                " ".join(map(str, r["rungs"])), r["device_bytes_over_dense"],
+            ]
+            for r in rows
+        ],
+    )  # fmt: skip

@@ -1,9 +1,10 @@
-"""A whole decode step of a LLaMA with random weights and random caches: what the layers cost beside their attention."""
+"""A whole decode step of a LLaMA with random weights, its caches made around its own queries."""
 
 from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,26 +16,35 @@ from certjax import decode
 from certjax.bench import timing, workloads
 from certjax.bench.attention import dense, dense_names
 from certjax.cache import TieredKVCache
+from certjax.fused.dispatch import pick_backend
 from certjax.models.llama.config import LlamaConfig
-from certjax.models.llama.modeling import decode_step, init_params
+from certjax.models.llama.modeling import decode_step, forward, init_params
 from certjax.policy import Policy
 
 LLAMA_3_1_8B = LlamaConfig(
     vocab_size=128256, d_model=4096, n_layers=32, n_heads=32, n_kv_heads=8, head_dim=128, d_ff=14336,
-    rms_eps=1e-5, context_length=131072, dtype="bfloat16",
+    rms_eps=1e-5, context_length=131072, dtype="bfloat16", kv_dtype="bfloat16",
 )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("config", "policy", "n", "room"))
-def _caches(config: LlamaConfig, policy: Policy, n: int, room: int, key: jax.Array) -> TieredKVCache:
-    """Every layer holds the concentrated workload. Encoded layer by layer."""
+STEPS, LOOPS = 8, 33
+"""Steps of one timed loop, and loops: together they complete two blocks of 128 tokens. The first is not counted."""
 
-    def one(key):
-        group = config.n_heads // config.n_kv_heads
-        _, k, v = workloads.make("concentrated", key, 1, config.n_kv_heads, group, n, config.head_dim)
-        return k, v
 
-    k, v = lax.map(one, jax.random.split(key, config.n_layers))
+@functools.partial(jax.jit, static_argnames=("config", "policy", "kind", "n", "batch", "room"))
+def _cache(
+    config: LlamaConfig, policy: Policy, kind: str, params: Any, n: int, batch: int, room: int, key: jax.Array
+) -> TieredKVCache:
+    """Every layer holds the workload, made around the queries that the model has there for token 0 at position n."""
+
+    def attend(q, k, v, cache, layer):
+        grouped = q[:, 0].reshape(batch, config.n_kv_heads, -1, config.head_dim)
+        k, v = workloads.around(kind, jax.random.fold_in(key, layer), grouped, n, jnp.dtype(config.kv_dtype))
+        out = dense(q[:, 0], k.swapaxes(1, 2), v.swapaxes(1, 2), implementation="xla")
+        return out, cache, (k, v)
+
+    tokens = jnp.zeros((batch, 1), jnp.int32)
+    _, _, (k, v) = forward(config, params, tokens, jnp.full_like(tokens, n), None, attend)
     return TieredKVCache.from_prefill(k, v, policy, capacity=n + room)
 
 
@@ -42,42 +52,81 @@ def _nothing(q, k, v, cache, layer):
     return q, cache, None
 
 
-def run(config: LlamaConfig, policy: Policy, n: int, *, steps: int = 24, seed: int = 0) -> dict[str, Any]:
-    """Milliseconds a step: certified, naive, and with attention left out (what any attention comes on top of)."""
-    room = -(-(4 * steps) // policy.block_size) * policy.block_size
+@functools.partial(jax.jit, static_argnames=("config", "policy", "name", "steps"), donate_argnames="cache")
+def _many(config: LlamaConfig, policy: Policy, name: str, steps: int, params: Any, cache: TieredKVCache, n: jax.Array):
+    """Steps that append to the cache. All feed token 0 at position `n`, for whose queries the cache was made; each
+    waits for the one before."""
+
+    def body(carry, _):
+        cache, token = carry
+        positions = jnp.full_like(token, n)
+        if name == "without attention":
+            logits, cache, record = decode_step(config, params, cache, token, positions, _nothing)
+        else:
+            logits, cache, record = decode.step(config, name, policy, params, cache, token, positions)
+        kept = None if record is None else (record.rung, record.bytes_paged_in, record.e_total)
+        said = jnp.argmax(logits, -1).astype(jnp.int32)
+        return (cache, jnp.minimum(said, 0)), kept
+
+    token = jnp.zeros(cache.length.shape, jnp.int32)
+    (cache, _), kept = lax.scan(body, (cache, token), None, length=steps)
+    return cache, kept
+
+
+def run(
+    config: LlamaConfig, policy: Policy, contexts: list[int], batches: list[int], kinds: list[str], *, seed: int = 0
+) -> Iterator[dict[str, Any]]:
+    """One row a context, batch and workload.
+
+    Yields
+    ------
+    dict
+        Milliseconds a step (p50, p95, p99 of loops of 8): certified, naive, and with attention left out, which any
+        attention comes on top of. `dense` is the latter plus the best dense attention op for every layer, without the
+        writing of keys and values and the loop's overhead: less than any program takes.
+    """
     params = init_params(config, jax.random.key(seed))
-    cache = jax.block_until_ready(_caches(config, policy, n, room, jax.random.key(seed + 1)))
-    row: dict[str, Any] = {"context": n, "layers": config.n_layers}
-    for name in ("without attention", "naive", "certified"):
+    for n in contexts:
+        for batch in batches:
+            attention = _dense_attention(config, n, batch, seed)
+            for kind in kinds:
+                yield _row(config, policy, params, n, batch, kind, attention, seed)
 
-        @functools.partial(jax.jit, donate_argnums=0)
-        def many(cache, token, name=name):
-            def body(carry, _):
-                cache, token = carry
-                if name == "without attention":
-                    logits, cache, record = decode_step(config, params, cache, token, cache.length, _nothing)
-                else:
-                    logits, cache, record = decode.step(config, name, policy, params, cache, token)
-                kept = None if record is None else (record.rung, record.bytes_paged_in)
-                return (cache, jnp.argmax(logits, -1).astype(jnp.int32)), kept
 
-            return lax.scan(body, (cache, token), None, length=steps)
-
-        token = jnp.zeros(1, jnp.int32)
-        (cache, token), _ = jax.block_until_ready(many(cache, token))
-        began = time.perf_counter()
-        (cache, token), kept = jax.block_until_ready(many(cache, token))
-        row[name] = round((time.perf_counter() - began) * 1e3 / steps, 3)
+def _row(config: LlamaConfig, policy: Policy, params, n: int, batch: int, kind: str, attention: float, seed: int):
+    names = ("certified", "naive", "without attention")
+    room = -(-len(names) * LOOPS * STEPS // policy.block_size) * policy.block_size
+    cache = jax.block_until_ready(_cache(config, policy, kind, params, n, batch, room, jax.random.key(seed + 1)))
+    sizes = cache.nbytes()
+    row: dict[str, Any] = {
+        "context": n, "batch": batch, "workload": kind, "layers": config.n_layers,
+        "backend": pick_backend(policy, cache, config.n_heads),
+    }  # fmt: skip
+    for name in names:
+        figures = []
+        for _ in range(LOOPS):
+            began = time.perf_counter()
+            cache, kept = jax.block_until_ready(_many(config, policy, name, STEPS, params, cache, jnp.int32(n)))
+            figures.append((time.perf_counter() - began) * 1e3 / STEPS)
+        row[name] = timing.quantiles(np.sort(figures[1:]))
         if name == "certified":
-            rung, paged = (np.asarray(x) for x in kept)
+            rung, paged, _ = (np.asarray(x) for x in kept)
             row["rungs"] = np.bincount(rung.ravel(), minlength=5).tolist()
-            row["paged_in_MB_a_step"] = round(float(paged.sum()) / steps / 1e6, 3)
-    group = config.n_heads // config.n_kv_heads
-    q, k, v = workloads.make("concentrated", jax.random.key(seed), 1, config.n_kv_heads, group, n, config.head_dim)
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    loop = timing.per_call(lambda q: q, q)[0]
-    ops = [timing.per_call(functools.partial(dense, implementation=name), q, k, v)[4] - loop for name in dense_names()]
-    row["dense attention, all layers"] = round(float(min(ops)) * config.n_layers / 1e3, 3)
-    row["dense"] = round(row["without attention"] + row["dense attention, all layers"], 3)
-    row["certified_over_dense"] = round(row["certified"] / row["dense"], 3)
+            row["paged_in_MB_a_step"] = round(float(paged.sum()) / STEPS / 1e6, 3)
+    row["dense attention, all layers"] = round(attention, 3)
+    row["dense"] = round(row["without attention"]["p50"] + attention, 3)
+    row["certified_over_dense"] = round(row["certified"]["p50"] / row["dense"], 3)
+    row["naive_over_dense"] = round(row["naive"]["p50"] / row["dense"], 3)
+    dense_bytes = 2 * config.n_layers * batch * config.n_kv_heads * (n + room) * config.head_dim * 2
+    row["device_bytes_over_dense"] = round((sizes["tier1"] + sizes["windows"]) / dense_bytes, 4)
     return row
+
+
+def _dense_attention(config: LlamaConfig, n: int, batch: int, seed: int) -> float:
+    """Milliseconds of the best dense attention op, all layers, the loop's overhead taken off."""
+    group = config.n_heads // config.n_kv_heads
+    q, k, v = workloads.make("flat", jax.random.key(seed), batch, config.n_kv_heads, group, n, config.head_dim)
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    loop = np.median(timing.per_call(lambda q: q, q))
+    ops = [np.median(timing.per_call(functools.partial(dense, implementation=x), q, k, v)) for x in dense_names()]
+    return float(min(ops) - loop) * config.n_layers / 1e3

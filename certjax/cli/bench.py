@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 from collections.abc import Iterable
@@ -12,11 +13,12 @@ import jax
 
 from certjax.bench import attention, report, step
 from certjax.bench.workloads import WORKLOADS
-from certjax.cli.common import clean_errors, json_option, print_json
+from certjax.cli.common import clean_errors, json_option, print_json, use_compilation_cache
 
 _contexts = click.option(
     "--contexts", default="8192,32768,65536,131072", show_default=True, help="Tokens in the cache, comma separated."
 )
+_batches = click.option("--batches", default="1", show_default=True, help="Sequences, comma separated.")
 _tolerance = click.option(
     "--tolerance", type=float, default=0.05, show_default=True, help="Certified error, relative to the layer's norm."
 )
@@ -33,6 +35,14 @@ def _whole(name: str, text: str) -> list[int]:
     if not numbers or min(numbers) < 1:
         raise click.BadParameter(f"give positive whole numbers separated by commas, got {text!r}.", param_hint=name)
     return numbers
+
+
+def _kinds(text: str) -> list[str]:
+    kinds = text.split(",")
+    if unknown := [k for k in kinds if k not in WORKLOADS]:
+        message = f"unknown {', '.join(unknown)}; choose from {', '.join(WORKLOADS)}."
+        raise click.BadParameter(message, param_hint="--workloads")
+    return kinds
 
 
 def _run(measured: Iterable[dict[str, Any]], command: str, table, out: pathlib.Path | None, as_json: bool) -> None:
@@ -68,33 +78,33 @@ def bench_command() -> None:
 
 @bench_command.command("attention")
 @_contexts
-@click.option("--batches", default="1", show_default=True, help="Sequences, comma separated.")
+@_batches
 @click.option("--workloads", default=",".join(WORKLOADS), show_default=True, help="Comma separated.")
 @_tolerance
 @_out
 @json_option
 def attention_command(contexts, batches, workloads, tolerance, out, as_json) -> None:
     """The attention op of one layer of LLaMA 3.1 8B, with its certificate."""
-    kinds = workloads.split(",")
-    if unknown := [k for k in kinds if k not in WORKLOADS]:
-        message = f"unknown {', '.join(unknown)}; choose from {', '.join(WORKLOADS)}."
-        raise click.BadParameter(message, param_hint="--workloads")
-    options = f"--contexts {contexts} --batches {batches} --workloads {workloads} --tolerance {tolerance}"
-    with clean_errors():
-        policy = attention.default_policy(tolerance)
-        rows = attention.run(_whole("--contexts", contexts), _whole("--batches", batches), kinds, policy)
-        _run(rows, f"certjax bench attention {options}", report.attention_table, out, as_json)
+    _measure("attention", attention.run, report.attention_table, contexts, batches, workloads, tolerance, out, as_json)
 
 
 @bench_command.command("step")
 @_contexts
+@_batches
+@click.option("--workloads", default="concentrated", show_default=True, help="Comma separated.")
 @_tolerance
 @_out
 @json_option
-def step_command(contexts, tolerance, out, as_json) -> None:
+def step_command(contexts, batches, workloads, tolerance, out, as_json) -> None:
     """A whole decode step of LLaMA 3.1 8B's shape with random weights (needs about 60 GB of GPU memory at 128K)."""
-    command = f"certjax bench step --contexts {contexts} --tolerance {tolerance}"
+    of_8b = functools.partial(step.run, step.LLAMA_3_1_8B)
+    _measure("step", of_8b, report.step_table, contexts, batches, workloads, tolerance, out, as_json)
+
+
+def _measure(what, run, table, contexts, batches, workloads, tolerance, out, as_json) -> None:
+    numbers, kinds = (_whole("--contexts", contexts), _whole("--batches", batches)), _kinds(workloads)
+    options = f"--contexts {contexts} --batches {batches} --workloads {workloads} --tolerance {tolerance}"
+    use_compilation_cache()
     with clean_errors():
-        policy = attention.default_policy(tolerance)
-        rows = (step.run(step.LLAMA_3_1_8B, policy, n) for n in _whole("--contexts", contexts))
-        _run(rows, command, report.step_table, out, as_json)
+        rows = run(attention.default_policy(tolerance), *numbers, kinds)
+        _run(rows, f"certjax bench {what} {options}", table, out, as_json)
