@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
+import lzma
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,9 @@ from typing import Any
 from certjax.errors import InvalidArgumentError
 
 SCHEMA = 1
+
+_COMPRESSED = {b"\x1f\x8b": gzip.decompress, b"\xfd7zXZ\x00": lzma.decompress}
+"""How a compressed file begins."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,14 +131,20 @@ class Record:
 
 
 def read(path: Path) -> Iterator[Record]:
-    """Records of a file. A last line that was cut off by a kill is passed over.
+    """Records of a file, plain or compressed by gzip or xz. A last line that was cut off by a kill is passed over.
 
     Raises
     ------
     InvalidArgumentError
-        If a line is no record, or of another schema.
+        If a line is no record, or of another schema, or the file cannot be decompressed.
     """
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+    whole = path.read_bytes()
+    if is_compressed(whole):
+        try:
+            whole = next(of for start, of in _COMPRESSED.items() if whole.startswith(start))(whole)
+        except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
+            raise InvalidArgumentError(f"{path} cannot be decompressed ({error}).") from error
+    for number, line in enumerate(whole.splitlines(keepends=True), 1):
         if not line.endswith(b"\n"):
             return
         try:
@@ -143,6 +154,11 @@ def read(path: Path) -> Iterator[Record]:
         if record.schema != SCHEMA:
             raise InvalidArgumentError(f"{path}:{number} has schema {record.schema}; this version reads {SCHEMA}.")
         yield record
+
+
+def is_compressed(start: bytes) -> bool:
+    """By the first bytes of a file."""
+    return start.startswith(tuple(_COMPRESSED))
 
 
 def repair(path: Path) -> None:

@@ -113,6 +113,9 @@ def check_out(out: Path) -> None:
     if out.exists():
         if not out.is_file():
             raise InvalidArgumentError(f"{out} is no file; name one that ends in .jsonl.")
+        with out.open("rb") as file:
+            if records.is_compressed(file.read(8)):
+                raise InvalidArgumentError(f"{out} is compressed, and nothing can be appended to it; decompress it.")
         for _ in records.read(out):
             pass
 

@@ -1,13 +1,16 @@
 """Lines of JSON: what is written is read again, and what a kill leaves behind."""
 
 import dataclasses
+import gzip
 import json
+import lzma
 
 import pytest
 
 from certjax import InvalidArgumentError
 from certjax.eval import records
 from certjax.eval.records import CertificateSummary, Record
+from certjax.eval.run import check_out
 
 INFINITY = float("inf")
 SUMMARY = CertificateSummary(
@@ -50,6 +53,20 @@ def test_line_that_a_kill_cut_off_is_passed_over_and_repaired(tmp_path, cut):
     assert path.read_bytes() == whole
     records.write(path, [LOSS])
     assert list(records.read(path)) == [ANSWER, LOSS]
+
+
+@pytest.mark.parametrize("tool", [gzip, lzma])
+def test_compressed_files_are_read_and_not_appended_to(tmp_path, tool):
+    path = tmp_path / "a"
+    records.write(path, [ANSWER, LOSS])
+    whole = tool.compress(path.read_bytes())
+    path.write_bytes(whole)
+    assert list(records.read(path)) == [ANSWER, LOSS]
+    with pytest.raises(InvalidArgumentError, match="compressed"):
+        check_out(path)
+    path.write_bytes(whole[:-9])
+    with pytest.raises(InvalidArgumentError, match="cannot be decompressed"):
+        list(records.read(path))
 
 
 def test_repair_leaves_whole_and_missing_files_alone(tmp_path):
