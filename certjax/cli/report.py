@@ -35,7 +35,8 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--plots/--no-plots", default=True, show_default=True, help="Draw the figures.")
 @json_option
 def report_command(files, out, audit_files, baseline, resamples, seed, plots, as_json) -> None:
-    """Compare the modes in FILES, JSON lines that `certjax eval` wrote, sample by sample."""
+    """Compare the modes in FILES, JSON lines that `certjax eval` wrote, sample by sample. Files may be compressed by
+    gzip or xz."""
     with clean_errors():
         _require("scipy", "certjax report")
         if plots:
@@ -45,22 +46,25 @@ def report_command(files, out, audit_files, baseline, resamples, seed, plots, as
         audits = [_read_audit(path) for path in audit_files]
         read = [record for path in files for record in records.read(path)]
         report = summary.summarize(read, baseline=baseline, resamples=resamples, seed=seed)
+        shown = summary.shortened(report)
         figures = {}
         if plots:
             from certjax.eval.plots import draw
 
-            figures = draw(report, audits)
-        _write(out, report, render.markdown(report, audits, list(figures)), figures)
+            figures = draw(shown, audits)
+        _write(out, report, render.markdown(shown, audits, list(figures)), figures)
     if as_json:
         print_json(report)
         return
     # Whoever reads a file or a pipe has more room than a terminal of 80 columns.
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
-    for part in render.sections(report, audits):
+    if shown["shared"]:
+        console.print(render.shared(shown), "", sep="\n")
+    for part in render.sections(shown, audits):
         if part.short:
             console.print(part.title, style="bold")
             console.print(_table(part), "")
-    for note in report["notes"]:
+    for note in shown["notes"]:
         click.echo(f"note: {note}")
     click.echo(f"wrote {out}: report.md, report.json" + (f", {len(figures)} figures" if plots else ""))
 

@@ -87,7 +87,10 @@ def _by_context(report: dict[str, Any], rows: list[dict[str, Any]], of: str) -> 
         y, low, high = (np.array([r[of][end] for r in own], float) for end in ("value", "low", "high"))
         spread = np.nan_to_num(np.maximum([y - low, high - y], 0))
         color = _color(report, mode)
-        axis.errorbar(x, y, spread, fmt="o", color=color, capsize=3, label=mode)
+        at = {r["context"] for r in own}
+        tasks, most = (max(r["tasks"] for r in of if r["context"] in at) for of in (own, rows))
+        label = mode if tasks == most else f"{mode} ({tasks} of {most} tasks)"
+        axis.errorbar(x, y, spread, fmt="o", color=color, capsize=3, label=label)
     axis.set_xticks(range(len(contexts)), [f"{context:,}" for context in contexts])
     axis.set(xlabel="context, tokens", xlim=(-0.5, len(contexts) - 0.5))
     axis.grid(axis="y", alpha=0.3)

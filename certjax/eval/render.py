@@ -34,6 +34,7 @@ def sections(report: dict[str, Any], audits: list[dict[str, Any]] = ()) -> list[
         _scores(report, "niah", "Needles in a haystack"),
         _scores(report, "ruler", "RULER"),
         _tasks(report),
+        _texts(report),
         _costs(report),
         _heads(report),
         _knows(report),
@@ -63,14 +64,20 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def _header(report: dict[str, Any]) -> list[str]:
-    lines = [
-        f"{report['records']:,} records; deltas are against `{report['baseline']}`, on the same samples.",
-        "",
-        *(f"- mode `{mode}`: configuration {', '.join(configs)}" for mode, configs in report["modes"].items()),
-    ]
+    lines = [f"{report['records']:,} records; deltas are against `{report['baseline']}`, on the same samples.", ""]
+    if report["shared"]:
+        lines.append(f"- {shared(report)}")
+    for mode, configs in report["modes"].items():
+        few = f"configuration {', '.join(configs)}" if len(configs) <= 3 else f"{len(configs)} configurations"
+        lines.append(f"- mode `{mode}`: {few}")
     return lines + [
         "- made with " + ", ".join(f"{name} {version}" for name, version in of.items()) for of in report["versions"]
     ]
+
+
+def shared(report: dict[str, Any]) -> str:
+    """Options that labels leave out."""
+    return f"all modes{' but `dense`' if 'dense' in report['modes'] else ''}: {', '.join(report['shared'])}"
 
 
 def _method(report: dict[str, Any]) -> list[str]:
@@ -92,29 +99,45 @@ def _method(report: dict[str, Any]) -> list[str]:
 # -- quality ------------------------------------------------------------------------------------------
 
 
+_OF_LOSSES = ("context", "text", "mode", "perplexity", "delta nats a token", "delta perplexity", "windows", "tokens")
+
+
 def _losses(report: dict[str, Any]) -> Section:
-    rows = [
-        (*_where(r), number(r["ppl"]), estimate(r.get("delta_nll"), "+.5f"), estimate(r.get("delta_ppl"), "+.4f"),
-         f"{r['samples']:,}", f"{r['tokens']:,}")
-        for r in report["ppl"]
-    ]  # fmt: skip
+    """A row a context and mode, all texts together."""
     text = "Teacher-forced loss on running text. Deltas are per window and paired."
-    header = ("context", "text", "mode", "perplexity", "delta nats a token", "delta perplexity", "windows", "tokens")
-    return Section("Perplexity", text, header, rows, ("ppl",), short=6)
+    return Section("Perplexity", text, _OF_LOSSES, _loss_rows(_overall(report["ppl"])), ("ppl",), short=6)
+
+
+def _texts(report: dict[str, Any]) -> Section:
+    overall = _overall(report["ppl"])
+    rows = _loss_rows([r for r in report["ppl"] if r not in overall])
+    return Section("Perplexity by text", "Every text alone.", _OF_LOSSES, rows)
+
+
+def _loss_rows(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    return [
+        (*_where(r), number(r["ppl"], "#.4g"), estimate(r.get("delta_nll"), "+.5f"),
+         estimate(r.get("delta_ppl"), "+.4f"), f"{r['samples']:,}", f"{r['tokens']:,}")
+        for r in rows
+    ]  # fmt: skip
 
 
 def _scores(report: dict[str, Any], benchmark: str, title: str) -> Section:
     """A row a context and mode, all tasks together."""
     rows = [
-        (f"{r['context']:,}", r["mode"], f"{r['passed']} of {r['samples']}", estimate(r["score"]),
+        (f"{r['context']:,}", r["mode"], str(r["tasks"]), f"{r['passed']} of {r['samples']}", estimate(r["score"]),
          estimate(r.get("delta_score"), "+.3f"), *_failures(r), estimate(r.get("delta_pass_rate"), "+.3f"),
          estimate(r.get("critical_rate")), _percent(r.get("same_text")))
         for r in _overall(report[benchmark])
     ]  # fmt: skip
-    header = ("context", "mode", "right", "score", "delta score", "critical", "reverse", "p", "delta share right",
-              "critical, of those right", "same text")  # fmt: skip
-    text = f"All tasks together. *Same text*: continuations equal to those of `{report['baseline']}`."
-    return Section(title, text, header, rows, (f"{benchmark}_",), short=8)
+    header = ("context", "mode", "tasks", "right", "score", "delta score", "critical", "reverse", "p",
+              "delta share right", "critical, of those right", "same text")  # fmt: skip
+    text = (
+        "All tasks that a mode was run on, together. Counts and scores compare between modes with the same tasks; "
+        f"deltas and failures are against `{report['baseline']}` on a mode's own tasks. *Same text*: continuations "
+        f"equal to those of `{report['baseline']}`."
+    )
+    return Section(title, text, header, rows, (f"{benchmark}_",), short=9)
 
 
 def _tasks(report: dict[str, Any]) -> Section:
@@ -262,9 +285,9 @@ def estimate(of: dict[str, Any] | None, form: str = ".3f") -> str:
     return f"{of['value']:{form}} [{of['low']:{form}}, {of['high']:{form}}]"
 
 
-def number(x: float | None) -> str:
+def number(x: float | None, form: str = ".4g") -> str:
     """Four digits; "inf" for None."""
-    return "inf" if x is None else f"{x:.4g}"
+    return "inf" if x is None else f"{x:{form}}"
 
 
 def _percent(x: float | None) -> str:

@@ -2,7 +2,8 @@
 records in any order.
 
 Levels (perplexity, score, rates) are over a mode's own samples; deltas, tests and critical failures over the samples
-that the baseline has too. What is unpaired is counted in `notes`.
+that the baseline has too. What is unpaired is counted in `notes`; a mode that was not run on all that the baseline was
+run on has one note, which says where it was.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -27,6 +29,9 @@ MODES = ("dense", "naive", "paper", "budget")
 ALL = "all"
 """Stands for all tasks, or all contexts."""
 
+_ROWS = ("ppl", "niah", "ruler", "cost", "knows")
+"""Parts of the summary that are lists of rows with a mode each."""
+
 _HEADS = {"bound": "bound_by_head", "dense": "dense_by_head", "promoted": "promoted_by_head"}
 
 
@@ -37,10 +42,11 @@ def summarize(
 
     Returns
     -------
-    `baseline`, `resamples`, `seed`, `level`, `records`, `notes`; `modes` (label to hashes of configurations);
-    `versions` (each once); `ppl`, `niah`, `ruler` (a row a context, task and mode); `cost` (a row a benchmark, context
-    and mode: rungs, bytes, checks); `heads` (mode to benchmark to maps `[L][Hq]`); `knows` (a row a mode, benchmark,
-    context and predictor). None for what is not finite.
+    `baseline`, `resamples`, `seed`, `level`, `records`, `notes`; `modes` (label to hashes of configurations); `shared`
+    (options of all modes but "dense") and `labels` (mode to its label without them); `versions` (each once); `ppl`,
+    `niah`, `ruler` (a row a context, task and mode); `cost` (a row a benchmark, context and mode: rungs, bytes,
+    checks); `heads` (mode to benchmark to maps `[L][Hq]`); `knows` (a row a mode, benchmark, context and predictor).
+    None for what is not finite.
 
     Raises
     ------
@@ -51,7 +57,8 @@ def summarize(
     records = _unique(records)
     if not records:
         raise InvalidArgumentError("there are no records; run `certjax eval` first.")
-    modes = _modes(records, baseline)
+    labels, shared = _labels({record.mode for record in records})
+    modes = _modes(labels, baseline)
     cells = defaultdict(list)  # (benchmark, context, mode) to records
     for record in records:
         cells[record.benchmark, record.context, record.mode].append(record)
@@ -62,11 +69,18 @@ def summarize(
 
     def rows(benchmark, row):
         found = [
-            {"context": context, "task": task, "mode": mode, **row(_of(task, own), _of(task, paired))}
+            {
+                "context": context,
+                "task": task,
+                "tasks": len(tasks) if task == ALL else 1,
+                "mode": mode,
+                **row(_of(task, own), _of(task, paired)),
+            }
             for (name, context, mode), own in _in_order(cells, modes)
             if name == benchmark
             for paired in [pairs.get((name, context, mode), [])]
-            for task in _tasks(own)
+            for tasks in [sorted({r.task for r in own})]
+            for task in ([ALL] if len(tasks) > 1 else []) + tasks
         ]
         return sorted(found, key=lambda r: (r["context"], r["task"] != ALL, r["task"]))  # stable: modes stay in order
 
@@ -82,6 +96,8 @@ def summarize(
             "level": stats.LEVEL,
             "records": len(records),
             "modes": {mode: sorted({r.config for r in records if r.mode == mode}) for mode in modes},
+            "shared": shared,
+            "labels": {mode: labels[mode] for mode in modes},
             "versions": versions,
             "notes": notes,
             "ppl": rows("ppl", _losses),
@@ -92,6 +108,19 @@ def summarize(
             "knows": _knows(pairs),
         }
     )
+
+
+def shortened(report: dict[str, Any]) -> dict[str, Any]:
+    """The summary with the `labels` of modes in place of their names: what the page and the figures show."""
+    labels = report["labels"]
+    return {
+        **report,
+        "baseline": labels[report["baseline"]],
+        "labels": {label: label for label in labels.values()},
+        "notes": [re.sub("`(.*?)`", lambda name: f"`{labels.get(name[1], name[1])}`", x) for x in report["notes"]],
+        **{part: {labels[mode]: of for mode, of in report[part].items()} for part in ("modes", "heads")},
+        **{part: [{**row, "mode": labels[row["mode"]]} for row in report[part]] for part in _ROWS},
+    }
 
 
 # -- what belongs together ----------------------------------------------------------------------------
@@ -126,19 +155,32 @@ def _name(record: Record) -> str:
     return f"{record.benchmark}/{record.task} at {record.context} tokens, mode {record.mode!r},"
 
 
-def _modes(records: Sequence[Record], baseline: str) -> list[str]:
+def _labels(modes: set[str]) -> tuple[dict[str, str], list[str]]:
+    """Modes without the options that all but "dense" share, and these options. What one mode alone has is its own, and
+    no label stands for two modes."""
+    options = {mode: [option.strip() for option in mode.partition(":")[2].split(",")] for mode in sorted(modes)}
+    others = [of for mode, of in options.items() if mode != "dense"]
+    shared = [x for x in others[0] if x and all(x in of for of in others)] if len(others) > 1 else []
+    short = {mode: [x for x in of if x not in shared] for mode, of in options.items()}
+    labels = {mode: mode.partition(":")[0] + (":" + ",".join(of) if any(of) else "") for mode, of in short.items()}
+    if not shared or len(set(labels.values())) < len(labels):
+        return {mode: mode for mode in modes}, []
+    return labels, shared
+
+
+def _modes(labels: dict[str, str], baseline: str) -> list[str]:
     """The baseline first, then in the order of `MODES` by what the label begins with."""
-    found = {record.mode for record in records}
-    if baseline not in found:
+    if baseline not in labels:
         raise InvalidArgumentError(
-            f"no record is of the baseline {baseline!r}; the modes are {', '.join(sorted(found))}. Run it, or name "
+            f"no record is of the baseline {baseline!r}; the modes are {', '.join(sorted(labels))}. Run it, or name "
             "another with --baseline."
         )
 
     def rank(mode):
-        return mode != baseline, next((i for i, m in enumerate(MODES) if mode.startswith(m)), len(MODES)), mode
+        kind = next((i for i, m in enumerate(MODES) if mode.startswith(m)), len(MODES))
+        return mode != baseline, kind, labels[mode], mode
 
-    return sorted(found, key=rank)
+    return sorted(labels, key=rank)
 
 
 def _in_order(cells: dict, modes: list[str]) -> list:
@@ -146,24 +188,43 @@ def _in_order(cells: dict, modes: list[str]) -> list:
 
 
 def _pair(cells: dict, modes: list[str], baseline: str) -> tuple[list[str], dict[tuple, list[Pair]]]:
-    """Pairs of every mode but the baseline, and notes on samples without their partner."""
-    notes, pairs = [], {}
+    """Pairs of every mode but the baseline, and notes on where a mode was run and on samples without their partner."""
+    notes, pairs = _where_run(cells, modes, baseline), {}
     for benchmark, context in sorted({key[:2] for key in cells}, key=lambda x: (BENCHMARKS.index(x[0]), x[1])):
         base = {_sample(r): r for r in cells.get((benchmark, context, baseline), [])}
         for mode in modes[1:]:
             own = {_sample(r): r for r in cells.get((benchmark, context, mode), [])}
             common = sorted(base.keys() & own.keys())
-            lone, missing = len(own) - len(common), len(base) - len(common)
-            where = f"{benchmark} at {context} tokens, mode {mode!r}"
+            tasks = {task for task, *_ in own}
+            expected = sum(task in tasks for task, *_ in base)  # of tasks that the mode was run on at all
+            lone, missing = len(own) - len(common), expected - len(common)
+            where = f"{benchmark} at {context} tokens, mode `{mode}`"
             if lone:
-                notes.append(f"unpaired: {lone} samples that {baseline!r} has not ({where})")
+                notes.append(f"unpaired: {lone} samples that `{baseline}` has not ({where})")
             if missing:
-                notes.append(f"unpaired: {missing} of {len(base)} samples of {baseline!r} are missing ({where})")
+                notes.append(f"unpaired: {missing} of {expected} samples of `{baseline}` are missing ({where})")
             for key in common:
                 _check_same_prompt(base[key], own[key])
             if common:
                 pairs[benchmark, context, mode] = [(base[key], own[key]) for key in common]
     return notes, pairs
+
+
+def _where_run(cells: dict, modes: list[str], baseline: str) -> list[str]:
+    """A note a mode that was not run on all that the baseline was run on; tasks are named where they are fewer."""
+    tasks = {key: {r.task for r in of} for key, of in _in_order(cells, modes)}
+    whole = {key[:2]: of for key, of in tasks.items() if key[2] == baseline}
+    notes = []
+    for mode in modes[1:]:
+        own = {key[:2]: of for key, of in tasks.items() if key[2] == mode}
+        fewer = {cell for cell, of in whole.items() if not of <= own.get(cell, set())}
+        if fewer:
+            places = (
+                f"{benchmark} {context:,}" + (f" ({', '.join(sorted(of))})" if (benchmark, context) in fewer else "")
+                for (benchmark, context), of in own.items()
+            )
+            notes.append(f"`{mode}` was run on: {'; '.join(places)}")
+    return notes
 
 
 def _sample(record: Record) -> tuple:
@@ -179,11 +240,6 @@ def _check_same_prompt(a: Record, b: Record) -> None:
             f"{_name(b)} had another prompt in sample {b.sample} (seed {b.seed}) than {a.mode!r}: its length or what "
             "was looked for differ. Run both again with one version and one tokenizer."
         )
-
-
-def _tasks(records: Sequence[Record]) -> list[str]:
-    names = sorted({r.task for r in records})
-    return [ALL, *names] if len(names) > 1 else names
 
 
 def _of(task: str, items: list) -> list:

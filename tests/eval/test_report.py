@@ -13,7 +13,7 @@ from certjax.cli.report import report_command
 from certjax.errors import InvalidArgumentError
 from certjax.eval import plots, records, render
 from certjax.eval.records import CertificateSummary, Record
-from certjax.eval.summary import summarize
+from certjax.eval.summary import shortened, summarize
 
 L, H = 3, 4
 VERSIONS = {"certjax": "0.1.0", "jax": "0.11.2", "device": "cpu"}
@@ -187,16 +187,111 @@ def test_samples_without_partner_are_counted_and_left_out_of_the_deltas():
     found = row(report, "niah", mode="naive", context=2048)
     assert (found["samples"], found["paired"], found["passed"], found["critical"]) == (5, 3, 4, 0)
     assert report["notes"] == [
-        "unpaired: 2 samples that 'dense' has not (niah at 2048 tokens, mode 'naive')",
-        "unpaired: 1 of 4 samples of 'dense' are missing (niah at 2048 tokens, mode 'naive')",
-        "unpaired: 1 samples that 'dense' has not (niah at 4096 tokens, mode 'naive')",
+        "unpaired: 2 samples that `dense` has not (niah at 2048 tokens, mode `naive`)",
+        "unpaired: 1 of 4 samples of `dense` are missing (niah at 2048 tokens, mode `naive`)",
+        "unpaired: 1 samples that `dense` has not (niah at 4096 tokens, mode `naive`)",
     ]
     assert "paired" not in row(report, "niah", mode="naive", context=4096)
 
 
-def test_mode_that_never_ran_a_benchmark_is_noted():
+def test_mode_that_was_not_run_on_everything_has_one_note_and_a_gap_in_what_it_was_run_on_another():
+    made = [*scored("niah", "dense", [1]), *scored("niah", "budget", [1])]
+    for context in (2048, 4096):
+        for task in ("cwe", "fwe", "vt"):
+            made += scored("ruler", "dense", [1, 1], task=task, context=context)
+            made += scored("ruler", "budget", [1, 1], task=task, context=context)
+    made += scored("ruler", "naive", [1, 1], task="vt", context=4096)
+    made += scored("ruler", "naive", [0], task="fwe", context=4096)
+    report = summary(made)
+    assert report["notes"] == [
+        "`naive` was run on: ruler 4,096 (fwe, vt)",
+        "unpaired: 1 of 4 samples of `dense` are missing (ruler at 4096 tokens, mode `naive`)",
+    ]
+    assert [row(report, "ruler", mode=mode, context=4096, task="all")["tasks"] for mode in report["modes"]] == [3, 2, 3]
+    page = render.markdown(report)
+    assert "- `naive` was run on: ruler 4,096 (fwe, vt)\n" in page
+    assert "| 4,096 | naive | 2 | 2 of 3 |" in page and "| 4,096 | dense | 3 | 6 of 6 |" in page
+    (legend,) = plots.draw(report)["ruler_score.png"].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["dense", "naive (2 of 3 tasks)", "budget"]
+
+
+def test_mode_that_was_run_on_fewer_benchmarks_is_noted():
     report = summary([*scored("niah", "dense", [1]), *scored("ruler", "naive", [1]), *scored("ruler", "dense", [1])])
-    assert report["notes"] == ["unpaired: 1 of 1 samples of 'dense' are missing (niah at 2048 tokens, mode 'naive')"]
+    assert report["notes"] == ["`naive` was run on: ruler 2,048"]
+
+
+# -- labels -------------------------------------------------------------------------------------------
+
+
+def labels(*modes):
+    report = summary([r for i, m in enumerate(modes) for r in scored("niah", m, [1], config=str(i))], baseline=modes[0])
+    return report["shared"], report["labels"]
+
+
+def test_options_of_all_modes_but_dense_are_left_out_of_labels():
+    assert labels("dense", "naive:codec=kivi_int2,tier2=device", "naive:tier2=device", "budget: tier2=device ,k=1") == (
+        ["tier2=device"],
+        {
+            "dense": "dense",
+            "naive:tier2=device": "naive",
+            "naive:codec=kivi_int2,tier2=device": "naive:codec=kivi_int2",
+            "budget: tier2=device ,k=1": "budget:k=1",
+        },
+    )
+    assert labels("naive:a=1,b=2", "paper:b=2,a=1")[1] == {"naive:a=1,b=2": "naive", "paper:b=2,a=1": "paper"}
+
+
+@pytest.mark.parametrize(
+    "modes",
+    [
+        ("dense", "naive", "budget:tier2=device"),
+        ("dense", "naive:tier2=device", "budget:tier2=host"),
+        ("dense", "budget:tier2=device"),  # alone, it shares nothing
+        ("dense", "naive:a=1,b=2", "naive:b=2,a=1"),  # would be one label
+    ],
+)
+def test_labels_stay_where_nothing_is_shared_or_two_would_be_one(modes):
+    assert labels(*modes) == ([], {mode: mode for mode in modes})
+
+
+def test_page_and_figures_have_short_labels_and_the_data_has_both(tmp_path):
+    made = [
+        dataclasses.replace(r, mode=r.mode if r.mode == "dense" else f"{r.mode}:tier2=device")
+        for r in experiment(n=4)
+        if (r.benchmark, r.mode) != ("niah", "naive")
+    ]
+    records.write(tmp_path / "a.jsonl", made)
+    result = run(tmp_path / "a.jsonl", "--out", tmp_path / "out", "--bootstrap", 200)
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "out" / "report.md").read_text()
+    for text in (page, result.output):
+        assert text.count("tier2=device") == 1 and "all modes but `dense`: tier2=device" in text
+        assert "`naive` was run on: ppl 2,048; ppl 4,096; ruler 2,048; ruler 4,096\n" in text
+    figures = {path.name for path in (tmp_path / "out").glob("heads_*.png")}
+    assert figures == {"heads_naive.png", "heads_budget.png"}
+    data = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert data["labels"]["naive:tier2=device"] == "naive" and list(data["heads"]) == list(data["modes"])[1:]
+    once = shortened(data)
+    assert shortened(once) == once and {r["mode"] for r in once["cost"]} == {"naive", "budget"}
+
+
+def test_page_lists_up_to_three_configurations_of_a_mode():
+    def line(n):
+        tasks = [f"task_{i}" for i in range(n)]
+        made = [r for i, task in enumerate(tasks) for r in scored("ruler", "dense", [1], task=task, config=f"c{i}")]
+        return next(x for x in render.markdown(summary(made)).splitlines() if x.startswith("- mode"))
+
+    assert line(3) == "- mode `dense`: configuration c0, c1, c2"
+    assert line(4) == "- mode `dense`: 4 configurations"
+
+
+def test_texts_have_a_table_of_their_own():
+    made = [record("ppl", mode, 0, task=task, token_nll=[1.0]) for mode in ("dense", "naive") for task in "ab"]
+    parts = {part.title: part for part in render.sections(summary(made))}
+    assert [r[1:3] for r in parts["Perplexity"].rows] == [("all", "dense"), ("all", "naive")]
+    assert [r[1] for r in parts["Perplexity by text"].rows] == ["a", "a", "b", "b"]
+    alone = {part.title: part for part in render.sections(summary([r for r in made if r.task == "a"]))}
+    assert [r[1] for r in alone["Perplexity"].rows] == ["a", "a"] and "Perplexity by text" not in alone
 
 
 def test_two_configurations_of_a_mode_are_refused_by_name():
