@@ -254,8 +254,15 @@ def test_convert_keeps_an_existing_output_unless_overwrite(source, tmp_path):
     (tmp_path / "out").mkdir()
     precious = tmp_path / "out" / "manifest.json"
     precious.write_text("precious")
-    assert_message(run("convert", source, tmp_path / "out"), str(tmp_path / "out"), "overwrite")
+    assert_message(run("convert", source, tmp_path / "out"), str(tmp_path / "out"), "Pass --overwrite to replace it")
     assert precious.read_text() == "precious"
+
+
+def test_convert_deletes_nothing_that_it_did_not_write(source, tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    result = run("convert", source, tmp_path, "--overwrite")
+    assert_message(result, str(tmp_path), "not written by convert", "--overwrite does not delete it")
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
 
 
 def test_convert_overwrites_when_told_to(damaged, source):

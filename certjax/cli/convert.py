@@ -21,10 +21,11 @@ from certjax.cli.common import clean_errors, json_option, print_json
 @json_option
 def convert_command(source: Path, output: Path, dtype: str, overwrite: bool, as_json: bool) -> None:
     """Convert SOURCE (safetensors directory or .gguf file) to the Orbax directory OUTPUT."""
-    if output.exists() and not overwrite:
-        raise click.ClickException(f"{output} exists; pass --overwrite to replace it.")
     with clean_errors():
-        written = checkpoints_tools.convert(source, output, dtype=dtype, overwrite=overwrite, progress=not as_json)
+        try:
+            written = checkpoints_tools.convert(source, output, dtype=dtype, overwrite=overwrite, progress=not as_json)
+        except checkpoints_tools.OutputExistsError as error:  # says how to replace it from Python
+            raise click.ClickException(str(error).replace("overwrite=True", "--overwrite")) from error
     manifest = json.loads((written / "manifest.json").read_text())
     if as_json:
         print_json({"output": str(written), "manifest": manifest})
