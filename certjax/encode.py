@@ -55,9 +55,10 @@ def encode_prompt(keys, values, length, policy: Policy, n_blocks: int):
     valid = (jnp.arange(n_blocks * size) < length[:, None])[:, None, :, None]
     keys, values = (jnp.where(valid, jnp.pad(x, grow), 0) for x in (keys, values))
 
-    key_centre, key_doubt = _prompt_centre(keys, length, policy.centre != "zero")
-    value_centre, value_doubt = _prompt_centre(values, length, policy.centre != "zero", policy.centre == "auto")
     codec, peaks = policy.make_codec(), (None, None)
+    mean = policy.centre != "zero"
+    key_centre, key_doubt = _prompt_centre(keys, length, mean and codec.centred)  # of the values: `nu`, of every codec
+    value_centre, value_doubt = _prompt_centre(values, length, mean, policy.centre == "auto")
     if codec.scaled:
         peaks = [jnp.abs(x).max((-2, -1)).astype(jnp.float32) for x in (keys, values)]
     stats = HeadStats(key_centre=key_centre, value_centre=value_centre, key_peak=peaks[0], value_peak=peaks[1])

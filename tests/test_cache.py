@@ -71,6 +71,14 @@ def test_append_equals_prefill_to_the_bit(policy, start, steps):
     assert_same(step_by_step, whole)
 
 
+@pytest.mark.parametrize(("codec", "read"), [("planes", True), ("int8_int4", False), ("fp8_e4m3", False)])
+def test_mean_of_the_keys_is_kept_where_the_codec_reads_it(codec, read):
+    keys, values = kv()
+    stats = build(keys + 1, values + 1, jnp.asarray([N, 50]), Policy.budget(0.05, codec=codec, centre="mean")).stats
+    assert bool((stats.key_centre != 0).all()) is read and bool((stats.key_centre != 0).any()) is read
+    assert bool((stats.value_centre != 0).all())  # distances from it annotate every codec
+
+
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 def test_tier2_holds_the_originals_bit_for_bit(dtype):
     keys, values = kv(dtype)

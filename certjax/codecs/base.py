@@ -33,7 +33,7 @@ class HeadStats:
     Attributes
     ----------
     key_centre, value_centre : `[..., d]` float32
-        `value_centre` is also the `c` of `nu_t = ||v_t - c||`.
+        `key_centre` is 0 where the codec is not `centred`; `value_centre` is also the `c` of `nu_t = ||v_t - c||`.
     key_peak, value_peak : `[...]` float32, or None
         Largest absolute element, for codecs that scale by it.
     """
