@@ -49,6 +49,7 @@ class TieredKVCache:
     host_values: jax.Array | None
     length: jax.Array  # [b] int32, tokens held
     layer: jax.Array | None = None  # [] int32: tier 2 of this view is layer `layer` of a stacked one
+    aim: jax.Array | None = None  # [b] float32, how closely plans aim at the tolerance (fused/aim.py)
     sound: jax.Array | None = None  # [b] bool, outcome of the fingerprints checked so far (`checks.scrubbed`)
     codec: Codec = struct.field(pytree_node=False, default=None)
     block_size: int = struct.field(pytree_node=False, default=16)
@@ -160,6 +161,7 @@ class TieredKVCache:
             host_keys=originals[0],
             host_values=originals[1],
             length=length,
+            aim=jnp.ones((*keys.shape[:-4], batch)),
             sound=jnp.ones(length.shape, bool),
             codec=policy.make_codec(),
             block_size=block,
@@ -171,9 +173,9 @@ class TieredKVCache:
         memory); `page_in` adds the layer's index to what it reads."""
         stacked = (
             self.codes, self.notes, self.sink_keys, self.sink_values,
-            self.ring_keys, self.ring_values, self.stats,
+            self.ring_keys, self.ring_values, self.stats, self.aim,
         )  # fmt: skip
-        names = ("codes", "notes", "sink_keys", "sink_values", "ring_keys", "ring_values", "stats")
+        names = ("codes", "notes", "sink_keys", "sink_values", "ring_keys", "ring_values", "stats", "aim")
         leaves = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, layer, 0, keepdims=False), stacked)
         return self.replace(**dict(zip(names, leaves, strict=True)), layer=layer)
 

@@ -15,6 +15,9 @@ SLACK = tl.constexpr(num.NORM_SLACK)
 FLUSHED = tl.constexpr(128**0.5 * 2.0**-63)
 """Norm of the weights of a tile whose squares may have been flushed to zero."""
 
+LARGEST_RHO = tl.constexpr(1024.0)
+"""Above this a tile's rho is not used: what vanished of `sum w s` might count."""
+
 PEAK_STEP = tl.constexpr((1 + 2.0**-20) / 255)
 
 
@@ -26,12 +29,13 @@ def number(pointer, mask):
 
 @triton.jit
 def tile_sums(stats, row, nu_peak, read, C: tl.constexpr):
-    """`sum w`, `sum w nu`, `sqrt(sum w^2)` and `sum w s` of tiles `row` of `stats` [H NT, 4, C], 0 where not `read`."""
+    """`sum w`, `sum w nu`, `sqrt(sum w^2)`, which is no more than the first, and `sum w s` of tiles `row` of `stats`
+    [H NT, 4, C], 0 where not `read`."""
     of = stats + row[:, None] * (4 * C) + tl.arange(0, C)[None]
     mask = read[:, None]
     a = tl.load(of, mask=mask, other=0.0)
     n = tl.load(of + C, mask=mask, other=0.0) * (nu_peak * PEAK_STEP)[:, None]
-    norm = tl.sqrt(tl.load(of + 2 * C, mask=mask, other=0.0)) + FLUSHED
+    norm = least(tl.sqrt(tl.load(of + 2 * C, mask=mask, other=0.0)) + FLUSHED, a)
     return a, n, norm, tl.load(of + 3 * C, mask=mask, other=0.0)
 
 
@@ -45,6 +49,12 @@ def key_terms(a, n, norm, q_norm, kappa, sigma_k, nu_peak):
     together = coefficient * nu_peak[:, None] + second * n
     k1 = tl.where(together < one_by_one, coefficient + second * a, first * a)
     return least(one_by_one, together), k1, first, delta
+
+
+@triton.jit
+def linear_value_terms(a, scaled, eta, rho):
+    """`sum w ||v_t - v^_t||` from above: by the largest residual, or by the largest in units of a token's scale."""
+    return least(a * eta, tl.where(rho < LARGEST_RHO, scaled * rho, float("inf")))
 
 
 @triton.jit

@@ -19,6 +19,7 @@ from certjax.certificate import Certificate
 from certjax.fused import operands as ops
 from certjax.fused.attention import fused_attention
 from certjax.fused.chain import chained_attention
+from certjax.fused.ladder import heads_to_give_up
 from pallas_kernels import dispatch
 from pallas_kernels import query as qr
 from tests.oracle import f64
@@ -134,13 +135,89 @@ for d in GROUPS:
     assert done.stdout.split() == ["8", "3"] * len(GROUPS), done.stdout
 
 
-@pytest.mark.parametrize("leaf", ["kappa", "eta", "nu", "k_norm"])
+@pytest.mark.parametrize("attend", [chained_attention, fused_attention])
+@pytest.mark.parametrize("damage", [np.nan, np.inf, -np.inf])
+def test_a_query_that_is_not_finite_has_no_certificate(attend, damage):
+    cache, q = problem(64)
+    out, certificate = step(attend, q.at[0, 0, 1, 3].set(damage), cache, Policy.budget(0.3, block_size=128))
+    assert np.isnan(out[0, 0, 1]).all() and np.isinf(certificate.e_total[0, 0, 1])
+    # The rest of its row is dense, the other row as ever.
+    assert np.isfinite(np.delete(out[0].reshape(-1, 64), 1, 0)).all() and (certificate.rung[0] == 4).all()
+    assert not certificate.precondition_ok[0, 0, 1] and (certificate.rung[1] == 0).all()
+
+
+@pytest.mark.parametrize("attend", [chained_attention, fused_attention])
+def test_scores_far_below_their_reference_are_read_from_tier_1(attend):
+    """One long key that no query looks at, in a window, puts the reference 60 nats above all scores of a row: squares
+    of weights vanish."""
+    cache, q = problem(64)
+    keys, values = (jnp.asarray(np.asarray(x, np.float32)) for x in (cache.host_keys, cache.host_values))
+    basis, _ = jnp.linalg.qr(q.swapaxes(-1, -2))  # [b, H, d, G]
+    aside = keys[:, :, :, 1400] - jnp.einsum("bhdg,bheg,lbhe->lbhd", basis, basis, keys[:, :, :, 1400])
+    keys = keys.at[:, :, :, 1400].set(100 * aside / jnp.linalg.norm(aside, axis=-1, keepdims=True))
+    policy = Policy.budget(0.3, block_size=128)
+    build = jax.jit(lambda k, v: TieredKVCache.from_prefill(k, v, policy, lengths=LENGTHS, capacity=N))
+    far = build(keys.astype(jnp.bfloat16), values.astype(jnp.bfloat16))
+    out, certificate = step(attend, q, far, policy)
+    assert (certificate.rung < 3).all() and (certificate.n_value_skipped < 11).any()
+    assert (np.linalg.norm(out - exact(q, far), axis=-1) <= certificate.e_total).all()
+
+
+def decided(norm, bound, policy):
+    """Heads that go dense `[H]`, of one row, with these norms and bounds of candidates: `_decide` and its twin."""
+    from pallas_kernels.judge import triton as judging
+
+    heads, group = norm.shape
+    rows = jnp.zeros((heads, judging.ROWS.value, 2 * group)).at[:, judging.PASSED].set(1.0)
+    rows = rows.at[:, judging.NORM].set(jnp.tile(norm, 2)).at[:, judging.E_TOTAL].set(jnp.tile(bound, 2))
+    verdict, _ = judging.decide(
+        rows, jnp.zeros((heads, 5), jnp.int32), jnp.ones(1, bool), jnp.tile(jnp.array([[1, 3, 512]]), (heads, 1)), 4, 4,
+        group=group, relative_to=policy.relative_to, tolerance=policy.tolerance, pooled=policy.pooled,
+    )  # fmt: skip
+    twin = heads_to_give_up(policy, norm[None], bound[None], jnp.zeros((1, heads), bool))[0]
+    return np.asarray(verdict), np.asarray(twin)
+
+
+@pytest.mark.parametrize("allotment", ["pooled", "equal"])
+@pytest.mark.parametrize("scale", [2.0**-60, 1.0, 2.0**63])
+def test_decision_at_the_ends_of_float32(scale, allotment):
+    policy = Policy.budget(0.05, block_size=128, allotment=allotment)
+    norm = scale * jnp.ones((4, 4))
+    for bound, want in ((0.04, 0), (0.06, 1), (np.inf, 1)):
+        verdict, twin = decided(norm, scale * bound * jnp.ones((4, 4)), policy)
+        assert (verdict == want).all() and (twin == want).all(), (bound, verdict, twin)
+    uneven = norm * jnp.exp2(-8.0 * jnp.arange(4))[:, None]
+    verdict, twin = decided(uneven, 0.02 * norm.at[3].multiply(4), policy)
+    assert verdict[3] == 1 and (verdict == twin).all()
+
+
+def test_counts_are_those_of_the_levels():
+    """Attend, tally and judge act on either; they must never disagree."""
+    cache, q = problem(128)
+    seen = []
+
+    def attend(layer, meta, levels, counts, *rest, **options):
+        jax.debug.callback(lambda *x: seen.append(tuple(map(np.asarray, x))), levels, counts)
+        return dispatch.reference_kernels().attend(layer, meta, levels, counts, *rest, **options)
+
+    kernels = dataclasses.replace(dispatch.reference_kernels(), attend=attend)
+    for options in POLICIES.values():
+        policy = Policy.budget(block_size=128, **options)
+        run = jax.jit(lambda q, c, p=policy: chained_attention(q, c, jnp.int32(1), p, kernels, jnp.ones(B, bool)))
+        jax.block_until_ready(run(q, cache))
+    jax.effects_barrier()
+    assert len(seen) == len(POLICIES)
+    for levels, counts in seen:
+        np.testing.assert_array_equal(counts[:, 1:4], np.stack([(levels == i).sum(1) for i in (1, 2, 3)], 1))
+
+
+@pytest.mark.parametrize("leaf", ["kappa", "eta", "nu", "k_norm", "rho"])
 def test_a_damaged_annotation_costs_dense_attention(leaf):
     """Of a tile that is read: whatever is not a number there must not end in a finite bound that is wrong."""
     cache, q = problem(64)
     for damage in (np.nan, np.inf):
         note = getattr(cache.notes, leaf)
-        if leaf == "k_norm":
+        if leaf in ("k_norm", "rho"):
             note = note.at[1, 0, 0, 4].set(damage)
         else:
             note = note.replace(peak=note.peak.at[1, 0, 0, 4].set(damage))

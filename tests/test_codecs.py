@@ -14,6 +14,7 @@ from certjax.codecs import REGISTRY, HeadStats, annotate, fingerprint, make_code
 from certjax.codecs import decode_keys as decode_keys_at
 from certjax.codecs import decode_values as decode_values_at
 from certjax.codecs import notes as nt
+from certjax.codecs.base import LARGE_BLOCK
 from certjax.codecs.rotation import rotate, rounding, unrotate
 from tests import problems
 from tests.adversarial import FAMILIES
@@ -115,6 +116,33 @@ def test_annotations_are_never_below_the_true_residuals(codec, seed, key_family,
         _, notes = encode(codec, keys, values, stats, form)
         for name, exact in true.items():
             assert (exact <= f64(nt.read(getattr(notes, name)))).all(), (form, name)
+
+
+@pytest.mark.parametrize("codec", [make_codec("planes"), make_codec("planes", rotate=False)], ids=str)
+@settings(max_examples=40)
+@cases
+def test_rho_times_a_tokens_step_is_never_below_its_residual(codec, seed, key_family, value_family, scale):
+    """And costs little: blocks large enough to have one, of tokens of very different lengths, some of them zero."""
+    rng = np.random.default_rng(seed)
+    keys, values = (
+        jnp.concatenate(list(block(seed + i, family, scale, n_blocks=LARGE_BLOCK // B)))[None]
+        for i, family in enumerate((key_family, value_family))
+    )
+    values = values * jnp.asarray(10.0 ** rng.uniform(-3, 0, (1, LARGE_BLOCK, 1)), jnp.float32).at[0, 5].set(0.0)
+    codes, notes = encode(codec, keys, values)
+    step = f64(codes.v_scale)  # [1, B]
+    eta = true_residuals(codec, codes, keys, values, NOWHERE)["eta"]  # [1, Lv, B]
+    reach = f64(notes.rho)[..., None] * np.where(np.isinf(f64(notes.rho))[..., None], 1.0, step[:, None])
+    assert (eta <= np.where(np.isinf(f64(notes.rho))[..., None], np.inf, reach)).all()
+    ordinary = (step > 2.0**-50) | (eta.max(1) == 0)
+    if ordinary.all():  # less than a cell's diagonal at the level's width, but for rounding
+        cells = np.array([2.0 ** (sum(codec.value_planes) - n) for n in np.cumsum(codec.value_planes)])
+        assert (f64(notes.rho) <= 1.02 * cells * np.sqrt(D)).all(), f64(notes.rho)
+
+
+def test_small_blocks_have_no_rho():
+    _, notes = encode(make_codec("planes"), block(0, "gaussian"), block(1, "gaussian"))
+    assert notes.rho is None
 
 
 def true_residuals(codec, codes, keys, values, stats):

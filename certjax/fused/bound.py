@@ -41,14 +41,15 @@ class TileSums:
 
     a: jax.Array  # sum w
     n: jax.Array  # sum w nu
-    norm: jax.Array  # sqrt(sum w^2)
+    norm: jax.Array  # sqrt(sum w^2), which is no more than a
     scaled: jax.Array  # sum w s, s the scale of the value's codes
 
 
 def tile_sums(stats: jax.Array, layer: Layer) -> TileSums:
     """`stats`: [H, NT, 4, G] as the kernels return them."""
     peak = layer.nu_peak[..., None] * ((1 + 2.0**-20) / 255)
-    return TileSums(stats[:, :, 0], stats[:, :, 1] * peak, jnp.sqrt(stats[:, :, 2]) + FLUSHED, stats[:, :, 3])
+    a = stats[:, :, 0]
+    return TileSums(a, stats[:, :, 1] * peak, jnp.minimum(jnp.sqrt(stats[:, :, 2]) + FLUSHED, a), stats[:, :, 3])
 
 
 SKIP, COARSE, FINEST, PROMOTE = range(4)
@@ -88,9 +89,21 @@ def num_expm1(delta: jax.Array) -> jax.Array:
     return jnp.expm1(jnp.minimum(delta, num.MAX_DELTA)) * (1 + 2.0**-18)
 
 
+LARGEST_RHO = 1024.0
+"""Above this a tile's rho is not used: what vanished of `sum w s` might count."""
+
+
 def value_terms(sums: TileSums, layer: Layer, level: int) -> jax.Array:
-    """`W` times what a tile adds to E_val with its values at `level`: `[H, NT, G]`."""
-    linear = sums.n if level == SKIP else sums.a * layer.eta_peak[..., level - 1, None]
+    """`W` times what a tile adds to E_val with its values at `level`: `[H, NT, G]`.
+
+    Token by token with the largest residual or, as a token's residual is at most rho times its scale, with the scales;
+    or by the spectral norm.
+    """
+    linear = sums.n
+    if level != SKIP:
+        rho = layer.rho[..., level - 1, None]
+        by_scale = jnp.where(rho < LARGEST_RHO, sums.scaled * rho, jnp.inf)
+        linear = jnp.minimum(sums.a * layer.eta_peak[..., level - 1, None], by_scale)
     return jnp.minimum(linear, layer.sigma_v[..., level, None] * sums.norm)
 
 
@@ -216,9 +229,9 @@ def judge(found: Pass, queries: Queries, layer: Layer, tiles: jax.Array, additio
     n_tokens = (n_tiles + 64) * TILE
     flushed = n_tokens * num.UNDERFLOW / total * jnp.exp(delta_max) * grow * grow / l_minus
     flushed *= nu_max + layer.eta_max[:, None] + h
-    # Weights times a value's scale, and their lower halves, may vanish too: 2^-125 each, times a code.
-    flushed += n_tokens * (2.0**-118 * d**0.5) / total
-    valid = (eps < num.MAX_DELTA) & (delta_max < num.MAX_DELTA)
+    # Weights times a value's scale, and their lower halves, may vanish too: 2^-125 each, times a code or rho.
+    flushed += n_tokens * (2.0**-117 * d**0.5) / total
+    valid = (2 * eps < num.MAX_DELTA) & (delta_max < num.MAX_DELTA)
     e_key = jnp.where(delta_max < num.MAX_DELTA, e_key, jnp.inf)
     e_arith = jnp.where(valid, widened + flushed + accumulated, jnp.inf)
     bound = jnp.minimum(no_nan(e_key + e_val + e_arith), no_nan(nu_max + from_centre))

@@ -48,7 +48,7 @@ def chained_attention(
         name: note.reshape(note.shape[0], -1, *note.shape[3:])
         for name, note in {
             "kappa": cache.notes.kappa.peak, "eta": cache.notes.eta.peak, "nu": cache.notes.nu.peak,
-            "sigma_k": cache.notes.sigma_k, "sigma_v": cache.notes.sigma_v,
+            "sigma_k": cache.notes.sigma_k, "sigma_v": cache.notes.sigma_v, "rho": cache.notes.rho,
         }.items()
     }  # fmt: skip
     turn, (_, flags) = ops.rotation_matrix(d), qr.row_of_flags(n_tiles)
@@ -78,7 +78,7 @@ def chained_attention(
         highest=bd.HIGHEST, summed=bd.summing(d, additions, depth),
     )  # fmt: skip
     levels, counts = planning.choose(
-        (stats, *windows), notes, facts, common.largest, value_centre, meta, index, terms, flags
+        (stats, *windows), notes, facts, common.largest, value_centre, cache.aim, meta, index, terms, flags
     )
     acc, fine, *host = kernels.attend(
         index, meta, levels, counts, weights, operands, x.keys, x.keys_low, x.key_scale, x.values, x.values_low,

@@ -20,14 +20,24 @@ def allotted(policy: Policy, norm: jax.Array, e_total: jax.Array) -> jax.Array:
         return jnp.full(norm.shape, policy.tolerance)
     if policy.relative_to == "head":
         return jnp.where(jnp.isfinite(norm), policy.tolerance * norm, 0.0)
-    layer = policy.tolerance * jnp.sqrt(jnp.square(norm).mean((1, 2), keepdims=True))
+    layer = policy.tolerance * _root_mean_square(norm)
     layer = jnp.where(jnp.isfinite(layer), layer, 0.0)
     if not policy.pooled:
         return jnp.broadcast_to(layer, norm.shape)
-    rms = jnp.sqrt(jnp.square(e_total).mean((1, 2), keepdims=True))
+    rms = _root_mean_square(e_total)
     usable = (rms > 2.0**-100) & (rms < 2.0**100)
     shares = e_total / jnp.where(usable, rms, 1.0)
     return jnp.where(usable, layer * shares, jnp.where(rms == 0, layer, 0.0))
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    """Of a row `[b, Hkv, G]`: what to divide by so that no square overflows or vanishes."""
+    return jnp.clip(x.max((1, 2), keepdims=True), 2.0**-100, 2.0**100)
+
+
+def _root_mean_square(x: jax.Array) -> jax.Array:
+    unit = _unit(x)
+    return jnp.sqrt(jnp.square(x / unit).mean((1, 2), keepdims=True)) * unit
 
 
 def heads_to_give_up(policy: Policy, norm: jax.Array, e_total: jax.Array, gone: jax.Array) -> jax.Array:
@@ -47,6 +57,8 @@ def heads_to_give_up(policy: Policy, norm: jax.Array, e_total: jax.Array, gone: 
     own = jnp.where(gone[..., None], jnp.inf, no_nan(e_total))
     if policy.relative_to != "layer":
         return gone | (~(own <= allotted(policy, norm, own))).any(-1)
+    unit = _unit(norm)
+    own, norm = own / unit, norm / unit
     worst = own.max(-1)  # [b, Hkv]
     place = jnp.arange(worst.shape[-1])
     ahead = worst[:, None] > worst[:, :, None]
@@ -60,5 +72,6 @@ def heads_to_give_up(policy: Policy, norm: jax.Array, e_total: jax.Array, gone: 
     else:
         bounds = jnp.square(jnp.where(stays, worst[:, None], 0.0).max(-1)) * (group * worst.shape[-1])
     # A little is held back for the rounding of the sums, which `allotted` evaluates in another order.
-    fits = (bounds <= policy.tolerance**2 * (1 - 2.0**-14) * kept_norm) | (bounds == 0)
+    fits = (bounds <= policy.tolerance**2 * (1 - 2.0**-14) * kept_norm) & (kept_norm < jnp.inf)
+    fits |= ~stays.any(-1)
     return gone | (rank < jnp.argmax(fits, -1)[:, None])

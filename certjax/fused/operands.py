@@ -40,6 +40,7 @@ class Layer:
     host_values: jax.Array | None
     kappa_peak: jax.Array  # [H, NT, 2] float32, 0 where a tile is not read
     eta_peak: jax.Array  # [H, NT, 2]
+    rho: jax.Array  # [H, NT, 2]
     nu_peak: jax.Array  # [H, NT]
     sigma_k: jax.Array  # [H, NT, 2], 0 where a tile is not read
     sigma_v: jax.Array  # [H, NT, 3]
@@ -53,6 +54,7 @@ class Layer:
     value_centre: jax.Array  # [H, d]
     active: jax.Array  # [H, NT] bool, tiles read from tier 1
     live: jax.Array  # [H, W] int32, tokens in each window tile
+    aim: jax.Array  # [H, 1], see `fused.aim`
     index: jax.Array  # [1] int32, of the layer
     meta: jax.Array  # [H, 3] int32: first and end of the active tiles, length
 
@@ -138,6 +140,7 @@ def layer_of(cache: TieredKVCache, layer: jax.Array, common: Shared) -> Layer:
         host_values=host[1],
         kappa_peak=jnp.where(active, here(notes.kappa.peak), 0.0),
         eta_peak=here(notes.eta.peak),
+        rho=here(notes.rho),
         nu_peak=here(notes.nu.peak),
         sigma_k=jnp.where(active, here(notes.sigma_k), 0.0),
         sigma_v=here(notes.sigma_v),
@@ -151,6 +154,7 @@ def layer_of(cache: TieredKVCache, layer: jax.Array, common: Shared) -> Layer:
         value_centre=here(cache.stats.value_centre),
         active=common.active,
         live=common.live,
+        aim=jnp.repeat(jax.lax.dynamic_index_in_dim(cache.aim, layer, 0, False), cache.ring_keys.shape[2])[:, None],
         index=layer.astype(jnp.int32)[None],
         meta=common.meta,
     )
@@ -228,7 +232,7 @@ def prepare(q: jax.Array, layer: Layer) -> Queries:
     centre_norm = layer.key_centre_norm[:, None]
     reach = layer.reach[:, None]
     # Of any score but those of the block being filled, less the room that is left.
-    reference = norm * (layer.reach_closed[:, None] + centre_norm) - ROOM
+    reference = centre * d**-0.5 + norm * layer.reach_closed[:, None] - ROOM
     shift = centre * per_log - reference * qr.LOG2_E
     unit = turned.scale * (16 * per_log)
     # Everything a score is made of, by magnitude, in nats; sums over channels are in `centre` and `total` alone.
@@ -238,9 +242,11 @@ def prepare(q: jax.Array, layer: Layer) -> Queries:
     # `total` is that of the query before it was made fixed-point, which counts for less than a tenth.
     inexact = (1.1 * turned.error + 8 * num.U * length) * (d**-0.5 * num.NORM_SLACK)
     tensor = (d // 16 + 8) * 2 * TENSOR_UNIT * norm
+    # A query that is not finite has no scores, and no output: fixed point would hide it.
+    unit_exact = jnp.where(jnp.isfinite(largest), plain.scale * per_log, jnp.nan)
     rows = {
         qr.UNIT: unit, qr.HALF: 8 * total, qr.SHIFT: shift, qr.LOW_UNIT: unit / 256, qr.HALF_FINE: 8.5 * total,
-        qr.UNIT_EXACT: plain.scale * per_log, qr.SHIFT_EXACT: -reference * qr.LOG2_E,
+        qr.UNIT_EXACT: unit_exact, qr.SHIFT_EXACT: -reference * qr.LOG2_E,
     }  # fmt: skip
     return Queries(
         kernel=qr.operands(turned, plain, [rows[i] for i in range(len(rows))]),

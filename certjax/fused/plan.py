@@ -54,25 +54,26 @@ def choose(
     values and weights may add, by `bound.summing`.
     """
     centre = layer.value_centre[:, None]
-    # Values not seen yet are taken to point anywhere: their squares add up.
-    unseen = jnp.square(sums.norm * sums.n / jnp.maximum(sums.a, 2.0**-100))
     lost = sums.a * -jnp.expm1(-delta_of(queries, layer.kappa_peak[..., 0]))
-    tier1, mean, unseen, lost = rd.sums(1, sums.a, sums.n, unseen, lost)
+    tier1, mean, lost = rd.sums(1, sums.a, sums.n, lost)
     total = tier1 + windows.total
-    l_minus = 1 - lost / total
-    mean, unseen = mean / total, unseen / (total * total)
+    l_minus, mean = 1 - lost / total, mean / total
+    # Values not seen yet are taken to point anywhere: their squares add up. All that is squared is a share of the
+    # total first: weights may be so small that their squares vanish.
+    unseen = sums.norm / total[:, None] * (sums.n / jnp.maximum(sums.a, 2.0**-100))
+    (unseen,) = rd.sums(1, jnp.square(unseen))
     moved = (windows.values.swapaxes(1, 2) - windows.total[..., None] * centre) / total[..., None]
     from_centre, norm = rd.sums(-1, moved**2, (moved + centre) ** 2)
-    room = policy.margin * tolerances(policy, batch, jnp.sqrt(norm + unseen)[:, :group])  # [H, G]
+    room = policy.margin * layer.aim * tolerances(policy, batch, jnp.sqrt(norm + unseen)[:, :group])  # [H, G]
     h = jnp.sqrt(from_centre + unseen).at[:, :group].add(2 * room)  # what the values may add to it
     nu_mean = mean + windows.total / total * (windows.value + layer.value_centre_norm[:, None])
     rounding = (1.25 * jnp.expm1(queries.eps) * (nu_mean + h) + summed * nu_mean)[:, :group] / room
-    scale = (1 / (room * total[:, :group]))[:, None]
+    scale = (1 / total[:, :group])[:, None], (1 / room)[:, None]
 
     def shares(level: int):  # [H, NT, G]
         k0, k1 = key_terms(sums, queries, layer, int(level == FINEST))
         terms = (k0 + k1 * h[:, None]) / l_minus[:, None] + value_terms(sums, layer, level)
-        terms = terms[..., :group] * scale
+        terms = terms[..., :group] * scale[0] * scale[1]
         return jnp.where(layer.active[..., None], no_nan(terms), 0.0)
 
     def joint(x):  # [..., G] -> [...]; written out, so that it is no kernel of its own
@@ -105,4 +106,5 @@ def choose(
     level = jnp.where(layer.active, levels(price[:, None]), SKIP)
     n_promoted, n_active = rd.sums(1, level == PROMOTE, layer.active)
     give_up = (n_promoted > policy.max_promoted * n_active) | jnp.repeat(dearer == PRICES, heads)
-    return Plan(jnp.where(give_up[:, None], SKIP, level), give_up)
+    # A barrier: what is counted and what is read are one evaluation.
+    return Plan(lax.optimization_barrier(jnp.where(give_up[:, None], SKIP, level)), give_up)

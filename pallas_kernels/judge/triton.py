@@ -14,7 +14,15 @@ import triton.language as tl
 from pallas_kernels import numerics as num
 from pallas_kernels.device_math import MAX_DELTA, exp_down, exp_up, expm1_up, least, most, no_nan, product, rounded
 from pallas_kernels.launch import launch
-from pallas_kernels.tile_facts import SLACK, add_originals, folded, key_terms, number, tile_sums
+from pallas_kernels.tile_facts import (
+    SLACK,
+    add_originals,
+    folded,
+    key_terms,
+    linear_value_terms,
+    number,
+    tile_sums,
+)
 
 NORM, E_KEY, E_VAL, E_ARITH, E_TOTAL, E_KEY_PAPER, E_VAL_PAPER, DELTA_MAX, TAIL_MASS, PASSED = range(10)
 ROWS = tl.constexpr(10)
@@ -46,7 +54,7 @@ SUMS = tl.constexpr(16)
 
 @triton.jit
 def _tally(
-    levels, stats, fine_stats, acc, kappa, eta, nu, sigma_k, sigma_v, facts, meta, layer,  # inputs
+    levels, stats, fine_stats, acc, kappa, eta, nu, sigma_k, sigma_v, rho, facts, meta, layer,  # inputs
     sums, read,  # outputs
     H: tl.constexpr, NT: tl.constexpr, FLAGS: tl.constexpr, S: tl.constexpr, PER_PART: tl.constexpr,
     PER_PART_UP: tl.constexpr, C: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
@@ -81,7 +89,9 @@ def _tally(
     k0, k1, grown, delta = key_terms(a, n, norm, q_norm, kappa_t, number(sigma_k + noted * 2 + plane, kept), nu_peak)
     eta_t = number(eta + noted * 2 + plane, kept)[:, None]
     read_here = (coarse | finest)[:, None] & here
-    linear = tl.where(read_here, a * eta_t, n)
+    by_level = tl.where(finest[:, None], fine_scaled, scaled)
+    linear = linear_value_terms(a, by_level, eta_t, number(rho + noted * 2 + plane, kept)[:, None])
+    linear = tl.where(read_here, linear, n)
     spectral = number(sigma_v + noted * 3 + tl.where(kept, level, 0), kept)[:, None] * norm
     # A value is `s (4 high + 2)`, or `s (4 high + low + 2.5)`.
     less = tl.where(finest[:, None], 2.5 * fine_scaled, tl.where(coarse[:, None], 2 * scaled, 0.0))
@@ -179,9 +189,9 @@ def _judge(
     n_tokens = (NT + 64) * TILE
     flushed = n_tokens * UNDERFLOW / total * exp_up(least(delta_max, MAX_DELTA)) * grow * grow / l_minus
     flushed *= nu_max + eta_max + h_bar
-    # Weights times a value's scale, and their lower halves, may vanish too: 2^-125 each, times a code.
-    flushed += n_tokens * (2.0**-118 * ROOT) / total
-    valid = (eps < MAX_DELTA) & (delta_max < MAX_DELTA)
+    # Weights times a value's scale, and their lower halves, may vanish too: 2^-125 each, times a code or rho.
+    flushed += n_tokens * (2.0**-117 * ROOT) / total
+    valid = (2 * eps < MAX_DELTA) & (delta_max < MAX_DELTA)
     e_key = tl.where(delta_max < MAX_DELTA, e_key, float("inf"))
     e_arith = tl.where(valid, widened + flushed + accumulated, float("inf"))
     bound = least(no_nan(e_key + e_val + e_arith), no_nan(nu_max + from_centre))
@@ -235,6 +245,9 @@ def _decide(
     failed = (tl.sum(tl.sum((~fine).to(tl.int32), 1), 0) > 0) | (tl.load(sound + batch) == 0)
     own = tl.where(gone[:, None] & shown, float("inf"), own)
     if RELATIVE_TO == "layer":
+        # In units of the longest output, so that no square overflows or vanishes.
+        unit = 1 / least(most(tl.max(tl.max(norm, 1), 0), 2.0**-100), 2.0**100)
+        own, norm = own * unit, norm * unit
         worst = tl.max(own, 1)
         squares = tl.sum(norm * norm, 1)
         bounds = tl.sum(own * own, 1) if POOLED else worst * worst
@@ -247,7 +260,8 @@ def _decide(
         left = tl.where(stays, bounds[None], 0.0)
         left = tl.sum(left, 1) if POOLED else tl.max(left, 1) * (GROUP * HEADS)
         # A little is held back for the rounding of the sums, which `allotted` evaluates in another order.
-        fits = (left <= (TOLERANCE * TOLERANCE * (1 - 2.0**-14)) * kept) | (left == 0)
+        nobody = tl.sum(stays.to(tl.int32), 1) == 0
+        fits = ((left <= (TOLERANCE * TOLERANCE * (1 - 2.0**-14)) * kept) & (kept < float("inf"))) | nobody
         first = tl.min(tl.where(fits, tl.arange(0, 2 * UP), 2 * UP), 0)
         goes = gone | (rank < first)
     else:
@@ -364,7 +378,7 @@ def judge(
     shape = dict(H=heads, NT=n_tiles, C=columns, D=d)
     sums, read = launch(
         _tally, levels, coarse, fine, acc,
-        *(notes[x] for x in ("kappa", "eta", "nu", "sigma_k", "sigma_v")), facts, meta, layer,
+        *(notes[x] for x in ("kappa", "eta", "nu", "sigma_k", "sigma_v", "rho")), facts, meta, layer,
         out=[
             jax.ShapeDtypeStruct((heads, parts, SUMS.value, columns), f32),
             jax.ShapeDtypeStruct((heads, parts, d, columns), f32),

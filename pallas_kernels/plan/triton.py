@@ -16,18 +16,19 @@ import triton.language as tl
 
 from pallas_kernels.device_math import exp_down, expm1_up, least, most, no_nan, product, rounded
 from pallas_kernels.launch import launch
-from pallas_kernels.tile_facts import add_originals, key_terms, number, tile_sums
+from pallas_kernels.tile_facts import add_originals, key_terms, linear_value_terms, number, tile_sums
 
 PRICES, STEPS = tl.constexpr(64), tl.constexpr(4)
 """Candidates for the price of reading a tile at its finest, in shares of a layer's tolerance: so many, so many to a
 factor of two."""
 
 FIELDS = tl.constexpr(5)
-"""Of a part of a head, from `_weigh`. Of a chunk of tiles: sums of w, of w nu, of the squares of what is not seen yet,
-of what scores may hide. Of the windows: sum of w, largest nu, and of m, their values' sum less that of the centre, its
-square, its product with the centre, the centre's square."""
+"""Of a part of a head, from `_weigh`. Of a chunk of tiles: sums of w, of w nu, of the squares of what is not seen yet
+as a share of the first, of what scores may hide. Of the windows: sum of w, largest nu, and of m, their mean value less
+the centre, its square, its product with the centre, the centre's square."""
 
 COUNTS = tl.constexpr(5)
+NOTES = ("kappa", "eta", "nu", "sigma_k", "sigma_v", "rho")
 CHUNK = 128
 """Tiles that a program of `_offer` looks at."""
 
@@ -49,18 +50,20 @@ def _weigh(
         active = (t >= tl.load(meta + h * 3)) & (t < tl.load(meta + h * 3 + 1))
         noted = (at * H + h) * NT + t
         a, n, norm, scaled = tile_sums(stats, h * NT + t, number(nu + noted, active), active, C)
-        # Values not seen yet are taken to point anywhere: their squares add up.
-        unseen = norm * n / most(a, 2.0**-100)
+        total = tl.sum(a, 0)
+        # Values not seen yet are taken to point anywhere: their squares add up. What is squared is a share first:
+        # weights may be so small that their squares vanish.
+        unseen = norm * (1 / most(total, 2.0**-120))[None] * (n / most(a, 2.0**-100))
         delta = tl.load(facts + h * 4 * C + col)[None] * number(kappa + noted * 2, active)[:, None]
         lost = a * (1 - exp_down(-least(delta, 80.0)))
-        tl.store(to, tl.sum(a, 0))
+        tl.store(to, total)
         tl.store(to + C, tl.sum(n, 0))
         tl.store(to + 2 * C, tl.sum(unseen * unseen, 0))
         tl.store(to + 3 * C, tl.sum(lost, 0))
     else:
         exact, total, longest_key, longest = add_originals(window_acc, window_sums, h * W, W, W_UP, D, C, HIGHEST)
         centre = tl.load(value_centre + (at * H + h) * D + tl.arange(0, D))[:, None]
-        moved = exact - total[None] * centre
+        moved = tl.where((total > 0)[None], exact / total[None] - centre, 0.0)
         tl.store(to, total)
         tl.store(to + C, tl.sqrt(longest) + tl.load(largest_of_head + (at * 6 + 5) * H + h))
         tl.store(to + 2 * C, tl.sum(moved * moved, 0))
@@ -77,6 +80,16 @@ def _of_chunks(weighed, field, head, CHUNKS: tl.constexpr, CHUNKS_UP: tl.constex
 
 
 @triton.jit
+def _squares_of_chunks(weighed, total, head, CHUNKS: tl.constexpr, CHUNKS_UP: tl.constexpr, C: tl.constexpr, here):
+    """Field 2 of a head's chunks, each by the square of its chunk's share of `total`: [heads, C]."""
+    chunk = tl.arange(0, CHUNKS_UP)[None, :, None]
+    of = weighed + (head[:, None, None] * (CHUNKS + 1) + chunk) * FIELDS * C + tl.arange(0, C)[None, None]
+    mask = here[:, None, None] & (chunk < CHUNKS)
+    share = tl.load(of, mask=mask, other=0.0) / total[:, None]
+    return tl.sum(tl.load(of + 2 * C, mask=mask, other=0.0) * (share * share), 1)
+
+
+@triton.jit
 def _of_windows(weighed, field, head, CHUNKS: tl.constexpr, C: tl.constexpr, here):
     of = weighed + ((head[:, None] * (CHUNKS + 1) + CHUNKS) * FIELDS + field) * C + tl.arange(0, C)[None]
     return tl.load(of, mask=here[:, None], other=0.0)
@@ -90,7 +103,7 @@ def _own(x, mine):
 
 @triton.jit
 def _offer(
-    stats, kappa, eta, nu, sigma_k, sigma_v, facts, weighed, meta, layer,  # inputs
+    stats, kappa, eta, nu, sigma_k, sigma_v, rho, facts, weighed, aim, meta, layer,  # inputs
     costs, left,  # outputs
     H: tl.constexpr, HEADS: tl.constexpr, HEADS_UP: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_UP: tl.constexpr,
     NT: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, T: tl.constexpr, RELATIVE_TO: tl.constexpr,
@@ -103,20 +116,22 @@ def _offer(
     head, here, mine = h // HEADS * HEADS + row, row < HEADS, row == h % HEADS
     exact = _of_windows(weighed, 0, head, CHUNKS, C, here)
     total = _of_chunks(weighed, 0, head, CHUNKS, CHUNKS_UP, C, here) + exact
-    unseen = _of_chunks(weighed, 2, head, CHUNKS, CHUNKS_UP, C, here)
+    unseen = _squares_of_chunks(weighed, total, head, CHUNKS, CHUNKS_UP, C, here)
     moved = _of_windows(weighed, 2, head, CHUNKS, C, here)
     along, centre = _of_windows(weighed, 3, head, CHUNKS, C, here), _of_windows(weighed, 4, head, CHUNKS, C, here)
-    from_centre = (moved + unseen) / (total * total)
-    squares = tl.where(here[:, None], from_centre + 2 * along / total + centre, 0.0)
+    share = exact / total
+    from_centre = moved * (share * share) + unseen
+    squares = tl.where(here[:, None], from_centre + 2 * along * share + centre, 0.0)
+    tolerance = MARGIN * TOLERANCE * tl.load(aim + at * (H // HEADS) + h // HEADS)
     if RELATIVE_TO == "absolute":
-        room = tl.full((C,), MARGIN * TOLERANCE, tl.float32)
+        room = tl.full((C,), 1.0, tl.float32) * tolerance
     else:
         if RELATIVE_TO == "layer":
             in_group = tl.where((col < GROUP)[None], squares, 0.0)
             square = tl.full((C,), 1.0, tl.float32) * (tl.sum(tl.sum(in_group, 1), 0) / (HEADS * GROUP))
         else:
             square = _own(squares, mine)
-        room = tl.where(square < float("inf"), MARGIN * TOLERANCE * tl.sqrt(square), 0.0)
+        room = tl.where(square < float("inf"), tolerance * tl.sqrt(square), 0.0)
     h_bar = tl.sqrt(_own(from_centre, mine)) + 2 * room  # what the values may add to it
     nus = _of_chunks(weighed, 1, head, CHUNKS, CHUNKS_UP, C, here)
     nu_mean = _own((nus + exact * _of_windows(weighed, 1, head, CHUNKS, C, here)) / total, mine)
@@ -128,7 +143,7 @@ def _offer(
     active = (t >= first) & (t < end)
     noted = (at * H + h) * NT + t
     nu_peak = number(nu + noted, active)
-    a, n, norm, _ = tile_sums(stats, h * NT + t, nu_peak, active, C)
+    a, n, norm, scaled = tile_sums(stats, h * NT + t, nu_peak, active, C)
     q_norm = tl.load(facts + h * 4 * C + col)
     k0, k1, _, _ = key_terms(a, n, norm, q_norm, number(kappa + noted * 2, active), number(sigma_k + noted * 2, active),
                              nu_peak)  # fmt: skip
@@ -138,14 +153,16 @@ def _offer(
     fine_keys = (k0 + k1 * h_bar[None]) / l_minus[None]
     skipped = least(n, number(sigma_v + noted * 3, active)[:, None] * norm)
     coarse = number(sigma_v + noted * 3 + 1, active)[:, None] * norm
-    coarse = least(a * number(eta + noted * 2, active)[:, None], coarse)
+    of_eta, of_rho = number(eta + noted * 2, active)[:, None], number(rho + noted * 2, active)[:, None]
+    coarse = least(linear_value_terms(a, scaled, of_eta, of_rho), coarse)
     fine = number(sigma_v + noted * 3 + 2, active)[:, None] * norm
-    fine = least(a * number(eta + noted * 2 + 1, active)[:, None], fine)
-    unit = (1 / (room * total))[None]
+    of_eta, of_rho = number(eta + noted * 2 + 1, active)[:, None], number(rho + noted * 2 + 1, active)[:, None]
+    fine = least(linear_value_terms(a, scaled, of_eta, of_rho), fine)
+    of_total, of_room = (1 / total)[None], (1 / room)[None]
     shown = kept & active[:, None]
-    o0 = tl.where(shown, least(no_nan((coarse_keys + skipped) * unit), LARGEST), 0.0)
-    o1 = tl.where(shown, least(no_nan((coarse_keys + coarse) * unit), LARGEST), 0.0)
-    o2 = tl.where(shown, least(no_nan((fine_keys + fine) * unit), LARGEST), 0.0)
+    o0 = tl.where(shown, least(no_nan((coarse_keys + skipped) * of_total * of_room), LARGEST), 0.0)
+    o1 = tl.where(shown, least(no_nan((coarse_keys + coarse) * of_total * of_room), LARGEST), 0.0)
+    o2 = tl.where(shown, least(no_nan((fine_keys + fine) * of_total * of_room), LARGEST), 0.0)
     if POOLED:
         c0 = tl.sqrt(tl.sum(o0 * o0, 1) * (1 / GROUP))
         c1 = tl.sqrt(tl.sum(o1 * o1, 1) * (1 / GROUP))
@@ -198,10 +215,10 @@ def _settle(
     squares = tl.sum(tl.sum(remains * remains, 2), 0)
     worst = squares * (1 / (HEADS * GROUP)) if POOLED else tl.max(tl.max(remains, 2), 0)
     # What is left falls with the price: the first that fits comes after those that do not.
-    dearer = tl.sum((worst > 1).to(tl.int32), 0)
+    dearer = tl.sum((~(worst <= 1)).to(tl.int32), 0)
     price = tl.exp2(-dearer.to(tl.float32) / STEPS)
     first, end = tl.load(meta + h * 3), tl.load(meta + h * 3 + 1)
-    n_coarse, n_finest, n_promoted = tl.zeros((T,), tl.int32), tl.zeros((T,), tl.int32), tl.zeros((T,), tl.int32)
+    n_promoted = tl.zeros((T,), tl.int32)
     for start in range(0, NT, T):
         t = start + tile
         active = (t >= first) & (t < end)
@@ -210,12 +227,11 @@ def _settle(
             tl.load(cost, mask=active, other=0.0), tl.load(cost + NT, mask=active, other=0.0),
             tl.load(cost + 2 * NT, mask=active, other=0.0), price, COARSE_FEE, HOST_FEE,
         )  # fmt: skip
-        n_coarse += ((level == 1) & active).to(tl.int32)
-        n_finest += ((level == 2) & active).to(tl.int32)
         n_promoted += ((level == 3) & active).to(tl.int32)
-    coarse, finest, some = tl.sum(n_coarse, 0), tl.sum(n_finest, 0), tl.sum(n_promoted, 0)
-    n_active = tl.maximum(end - first, 0)
+    n_active, some = tl.maximum(end - first, 0), tl.sum(n_promoted, 0)
     stays = tl.where((some <= MAX_PROMOTED * n_active.to(tl.float32)) & (dearer < PRICES), 1, 0)
+    # Counted is what is stored: another evaluation may settle a tie differently.
+    n_coarse, n_finest, n_promoted = tl.zeros((T,), tl.int32), tl.zeros((T,), tl.int32), tl.zeros((T,), tl.int32)
     for start in range(0, FLAGS, T):
         t = start + tile
         active = (t >= first) & (t < end) & (t < NT)
@@ -226,11 +242,14 @@ def _settle(
         )  # fmt: skip
         level = tl.where(active, level * stays, 0)
         tl.store(levels + h * FLAGS + t, level, mask=t < FLAGS)
+        n_coarse += (level == 1).to(tl.int32)
+        n_finest += (level == 2).to(tl.int32)
+        n_promoted += (level == 3).to(tl.int32)
     to = counts + h * COUNTS
     tl.store(to, n_active)
-    tl.store(to + 1, coarse * stays)
-    tl.store(to + 2, finest * stays)
-    tl.store(to + 3, some * stays)
+    tl.store(to + 1, tl.sum(n_coarse, 0))
+    tl.store(to + 2, tl.sum(n_finest, 0))
+    tl.store(to + 3, tl.sum(n_promoted, 0))
     tl.store(to + 4, 1 - stays)
 
 
@@ -257,6 +276,7 @@ def choose(
     facts: jax.Array,  # [H, 4, C] of `prepare_queries`
     largest: jax.Array,  # [L, 6, H]
     value_centre: jax.Array,  # [L, H, d] float32
+    aim: jax.Array,  # [L, b] float32, see `certjax.fused.aim`
     meta: jax.Array,  # [H, 3] int32
     layer: jax.Array,  # [1] int32
     terms: Terms,
@@ -278,7 +298,7 @@ def choose(
     of_row = dict(HEADS=terms.heads, HEADS_UP=triton.next_power_of_2(terms.heads))
     fees = dict(POOLED=terms.pooled, COARSE_FEE=terms.coarse_fee, HOST_FEE=terms.host_fee, GROUP=terms.group)
     costs, left = launch(
-        _offer, stats, *(notes[x] for x in ("kappa", "eta", "nu", "sigma_k", "sigma_v")), facts, weighed, meta, layer,
+        _offer, stats, *(notes[x] for x in NOTES), facts, weighed, aim, meta, layer,
         out=[
             jax.ShapeDtypeStruct((heads, 3, n_tiles), f32),
             jax.ShapeDtypeStruct((heads, chunks, PRICES.value, columns // 2), f32),

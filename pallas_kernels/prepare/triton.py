@@ -81,7 +81,7 @@ def _prepare(
     of_head = largest_of_head + at * 6 * H + h
     reach, reach_closed, centre_norm = tl.load(of_head), tl.load(of_head + 3 * H), tl.load(of_head + 4 * H)
     norm = length * (NORM_SLACK / ROOT)
-    reference = norm * (reach_closed + centre_norm) - ROOM
+    reference = along * (1 / ROOT) + norm * reach_closed - ROOM
     unit = scale * (16 * per_log)
     shift = along * per_log - reference * LOG2_E
     to = numbers + h * 14 * G + row
@@ -91,7 +91,9 @@ def _prepare(
     tl.store(to + 4 * G, shift, mask=kept)
     tl.store(to + 6 * G, unit * (1 / 256), mask=kept)
     tl.store(to + 8 * G, 8.5 * total, mask=kept)
-    tl.store(to + 10 * G, scale_plain * per_log, mask=kept)
+    # A query that is not finite has no scores, and no output: fixed point would hide it.
+    finite = tl.sum((tl.abs(x) < float("inf")).to(tl.int32), 1) == D
+    tl.store(to + 10 * G, tl.where(finite, scale_plain * per_log, float("nan")), mask=kept)
     tl.store(to + 12 * G, -reference * LOG2_E, mask=kept)
 
     size = norm * (reach + centre_norm) + tl.abs(reference)
