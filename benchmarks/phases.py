@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import functools
 import glob
 import gzip
 import json
@@ -80,8 +79,8 @@ def compiled(batch: int, n: int):
 
     heads, group, d = bench.SHAPE.values()
     originals = at(jax.ShapeDtypeStruct((batch, heads, n, d), jnp.bfloat16))
-    build = bench._build.lower(originals, originals, POLICY)
-    cache = jax.eval_shape(lambda k, v: bench._build(k, v, POLICY), originals, originals)
+    build = bench.build.lower(originals, originals, POLICY)
+    cache = jax.eval_shape(lambda k, v: bench.build(k, v, POLICY), originals, originals)
     common = jax.tree.map(at, jax.eval_shape(lambda c: common_to_layers(c, POLICY, heads * group), cache))
     # There is no public way to say that an argument to come is in host memory.
     host = [at(x, "pinned_host", _memory_space=jax.memory.Space.Host) for x in (cache.host_keys, cache.host_values)]
@@ -96,10 +95,7 @@ def rows(n: int, batch: int, kinds: list[str], build, certified):
         q, k, v = bench._problem(kind, jax.random.key(0), batch, n, **bench.SHAPE)
         if baseline is None:
             kd, vd = (jax.block_until_ready(x.swapaxes(1, 2)) for x in (k, v))
-            baseline = {
-                name: timing.quantiles(timing.per_call(functools.partial(bench.dense, implementation=name), q, kd, vd))
-                for name in bench.dense_names()
-            }
+            baseline = bench.time_dense(q, kd, vd, loops=9)
             del kd, vd
         cache = build(k, v)
         common = jax.jit(common_to_layers, static_argnums=(1, 2))(cache, POLICY, q.shape[1])

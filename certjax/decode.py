@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, Protocol, Self
 
 import jax
@@ -178,9 +179,24 @@ def step(
     return logits, cache, certificate
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "mode", "policy", "sampling"), donate_argnames=("state",)
-)
+WEIGHTS_IN_PLACE = {"xla_gpu_enable_triton_gemm": False}
+"""Options of XLA for programs whose attention is in kernels. A layer's weights are a slice of all layers'; cuBLAS reads
+them where they lie, while what XLA makes of Triton wants them copied first: three times the bytes (docs/kernels.md).
+Attention that XLA compiles itself is better off with Triton."""
+
+
+def jitted(f: Callable, **options: Any) -> Callable[[Mode, Policy, Any, int], Callable]:
+    """`jax.jit(f, **options)`, for a mode, policy and cache, and a number of query heads, compiled as suits their back
+    end."""
+    plain, in_place = jax.jit(f, **options), jax.jit(f, **options, compiler_options=WEIGHTS_IN_PLACE)
+
+    def choose(mode: Mode, policy: Policy, cache: DenseKVCache | TieredKVCache, n_query_heads: int) -> Callable:
+        in_kernels = mode != "dense" and pick_backend(policy, cache, n_query_heads) == "mosaic_gpu"
+        return in_place if in_kernels else plain
+
+    return choose
+
+
 def run(
     config: LlamaConfig,
     mode: Mode,
@@ -190,10 +206,24 @@ def run(
     state: DecodeState,
     limit: jax.Array,
 ) -> DecodeState:
-    """Decode until `limit` tokens (`[]` int32) have been generated or every sequence has ended.
+    """Decode until `limit` tokens (`[]` int32) have been generated or every sequence has ended. Donates `state`.
 
     One `lax.while_loop`; streaming calls the same program with a growing limit.
     """
+    program = _program(mode, policy, state.cache, config.n_heads)
+    return program(config, mode, policy, sampling, params, state, limit)
+
+
+@functools.partial(jitted, static_argnames=("config", "mode", "policy", "sampling"), donate_argnames=("state",))
+def _program(
+    config: LlamaConfig,
+    mode: Mode,
+    policy: Policy,
+    sampling: Sampling,
+    params: Any,
+    state: DecodeState,
+    limit: jax.Array,
+) -> DecodeState:
 
     def generate(s: DecodeState) -> DecodeState:
         logits, cache, records = step(config, mode, policy, params, s.cache, s.last)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from certjax import (
     pick_backend,
 )
 from certjax.attention import certified_layer, naive_layer
+from certjax.bench import step
 from certjax.checks import scrubbed
 from certjax.cli import main
 from certjax.fused import operands as ops
@@ -252,6 +254,22 @@ def test_bench_reports_ratios_in_a_table(tmp_path):
     assert result.exit_code == 0, result.output
     assert "certified / dense" in out.with_suffix(".md").read_text()
     assert '"certified_over_dense"' in out.read_text()
+
+
+def test_bench_times_whole_steps_on_caches_that_the_model_looks_into(monkeypatch, tmp_path):
+    small = dataclasses.replace(
+        step.LLAMA_3_1_8B, vocab_size=64, d_model=128, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=64, d_ff=64
+    )
+    monkeypatch.setattr(step, "LLAMA_3_1_8B", small)
+    monkeypatch.setattr(step, "LOOPS", 3)
+    out = tmp_path / "step.json"
+    result = CliRunner().invoke(main, ["bench", "step", "--contexts", "1024", "--batches", "2", "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["batch"] == 2 and row["certified"]["p50"] > row["without attention"]["p50"] > 0
+    # Queries that a cache was not made for see a flat one, which nothing certifies at 5%.
+    assert sum(row["rungs"]) == 8 * 2 * 2 * 4 and sum(row["rungs"][:3]) > 0.9 * sum(row["rungs"])
+    assert "certified / dense" in out.with_suffix(".md").read_text()
 
 
 def test_bench_names_a_bad_argument():

@@ -32,7 +32,8 @@ def _problem(kind, key, batch, n, n_kv_heads, group, d):
 
 
 @functools.partial(jax.jit, static_argnames="policy")
-def _build(keys, values, policy):
+def build(keys: jax.Array, values: jax.Array, policy: Policy) -> TieredKVCache:
+    """A stack of one layer that holds `[b, Hkv, n, d]`."""
     return TieredKVCache.from_prefill(keys[None], values[None], policy, capacity=keys.shape[2])
 
 
@@ -65,19 +66,25 @@ def run(
                 q, k, v = _problem(kind, jax.random.key(seed), batch, n, **SHAPE)
                 if baseline is None:
                     kd, vd = (jax.block_until_ready(x.swapaxes(1, 2)) for x in (k, v))
-                    baseline = {
-                        name: timing.quantiles(
-                            timing.per_call(functools.partial(dense, implementation=name), q, kd, vd, loops=loops)
-                        )
-                        for name in dense_names()
-                    }
+                    baseline = time_dense(q, kd, vd, loops)
                     del kd, vd
-                yield _row(kind, n, batch, q, k, v, policy, baseline, loops)
+                yield time_certified(kind, q, build(k, v, policy), policy, baseline, loops)
 
 
-def _row(kind, n, batch, q, k, v, policy: Policy, baseline, loops) -> dict[str, Any]:
-    cache = jax.block_until_ready(_build(k, v, policy))
-    layer = jnp.int32(0)
+def time_dense(q: jax.Array, k: jax.Array, v: jax.Array, loops: int) -> dict[str, dict[str, float]]:
+    """Microseconds a call of each implementation. `k`, `v`: [b, n, Hkv, d]."""
+    return {
+        name: timing.quantiles(timing.per_call(functools.partial(dense, implementation=name), q, k, v, loops=loops))
+        for name in dense_names()
+    }
+
+
+def time_certified(
+    kind: str, q: jax.Array, cache: TieredKVCache, policy: Policy, baseline: dict[str, dict[str, float]], loops: int
+) -> dict[str, Any]:
+    """A row of `run`. `cache`: of `build`, full."""
+    jax.block_until_ready(cache)
+    n, batch, layer = cache.capacity, q.shape[0], jnp.int32(0)
     backend, reason = pick_backend(policy, cache, q.shape[1], explain=True)
 
     common = jax.jit(lambda cache: common_to_layers(cache, policy, q.shape[1]))(cache)  # once a step, for all layers
@@ -97,7 +104,7 @@ def _row(kind, n, batch, q, k, v, policy: Policy, baseline, loops) -> dict[str, 
         "naive": timing.quantiles(timing.per_call(naive, q, cache, common, loops=loops)),
     }
     sizes = cache.nbytes()
-    originals = 2 * k.size * k.dtype.itemsize
+    originals = sizes["tier2"]
     read, paged = (float(getattr(record, f).sum()) for f in ("bytes_read", "bytes_paged_in"))
     seconds = times["certified"]["p50"] * 1e-6
     return {
