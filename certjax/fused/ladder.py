@@ -36,8 +36,11 @@ def _unit(x: jax.Array) -> jax.Array:
 
 
 def _root_mean_square(x: jax.Array) -> jax.Array:
-    unit = _unit(x)
-    return jnp.sqrt(jnp.square(x / unit).mean((1, 2), keepdims=True)) * unit
+    """Over a row, of numbers whose squares may overflow or vanish, in one pass."""
+    far = 2.0**80
+    squares, lifted, lowered = (jnp.square(x * by).mean((1, 2), keepdims=True) for by in (1.0, far, 1 / far))
+    tiny, huge = squares < 2.0**-60, ~(squares < 2.0**120)
+    return jnp.where(tiny, jnp.sqrt(lifted) / far, jnp.where(huge, jnp.sqrt(lowered) * far, jnp.sqrt(squares)))
 
 
 def heads_to_give_up(policy: Policy, norm: jax.Array, e_total: jax.Array, gone: jax.Array) -> jax.Array:
