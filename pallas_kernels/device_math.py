@@ -88,3 +88,10 @@ def second_order_up(x):
     """`e^x - 1 - x`, `x >= 0`, as `bounds.spectral.second_order`."""
     small = 0.5 * x * x * exp_up(0.5 * least(x, 0.5))
     return tl.where(x < 0.5, small, (expm1_up(x) - least(x, MAX_DELTA)) * (1 + 2.0**-14))
+
+
+@triton.jit
+def growth_up(x):
+    """`(e^x - 1) / x`, `x >= 0`, as `certjax.fused.bound.growth_up`; finite beyond MAX_DELTA."""
+    x = least(x, MAX_DELTA)
+    return exp_up(x * (0.5 + x * (1 / 24)))

@@ -60,8 +60,12 @@ def store_weights(weights: jax.Array, ref) -> None:
     """Weights `[TILE, C]` float32 as `query.in_two_halves` has them, turned: `[C, TILE]` bfloat16. Columns repeat, so
     that each half takes its own."""
     high = weights.astype(jnp.bfloat16).astype(jnp.float32)
-    first = lax.broadcasted_iota(jnp.int32, weights.shape, 1) < weights.shape[1] // 2
-    ref.transpose((1, 0))[...] = jnp.where(first, high, weights - high).astype(jnp.bfloat16)
+    ref.transpose((1, 0))[...] = jnp.where(in_first_half(weights), high, weights - high).astype(jnp.bfloat16)
+
+
+def in_first_half(x: jax.Array) -> jax.Array:
+    """Of the columns, bool."""
+    return lax.broadcasted_iota(jnp.int32, x.shape, 1) < x.shape[1] // 2
 
 
 def weights_ref(columns: int, slots: int | None = None, tokens: int = TILE) -> plgpu.SMEM:
@@ -108,13 +112,15 @@ def fields(packed: jax.Array, width: int) -> list[jax.Array]:
 
 
 SUMS = 4
-"""Of a tile: `sum w`, `sum w share`, `sum w^2`, `sum w value_scale`."""
+"""Of a tile: `sum w`, `sum w share`, `sum w^2`, `sum w value_scale`. Columns repeat, so that the second half of the
+first two takes the same times the key's scale."""
 
 
-def store_sums(w: jax.Array, scaled: jax.Array, nu, target) -> None:
-    """`target`: [SUMS, C]. `w`, `scaled`: [TILE, C]; `nu`: [TILE] uint8."""
-    target[0] = w.sum(axis=0)
-    target[1] = times(w, nu).sum(axis=0)
+def store_sums(w: jax.Array, scaled: jax.Array, nu, key_scale, target) -> None:
+    """`target`: [SUMS, C]. `w`, `scaled`: [TILE, C]; `nu`: [TILE] uint8; `key_scale`: [TILE]."""
+    both = jnp.where(in_first_half(w), w, times(w, key_scale))
+    target[0] = both.sum(axis=0)
+    target[1] = times(both, nu).sum(axis=0)
     target[2] = (w * w).sum(axis=0)
     target[3] = scaled.sum(axis=0)
 

@@ -9,14 +9,14 @@ import triton
 import triton.language as tl
 
 from pallas_kernels import numerics as num
-from pallas_kernels.device_math import expm1_up, least, most, second_order_up
+from pallas_kernels.device_math import expm1_up, growth_up, least, most, second_order_up
 
 SLACK = tl.constexpr(num.NORM_SLACK)
 FLUSHED = tl.constexpr(128**0.5 * 2.0**-63)
 """Norm of the weights of a tile whose squares may have been flushed to zero."""
 
 LARGEST_RHO = tl.constexpr(1024.0)
-"""Above this a tile's rho is not used: what vanished of `sum w s` might count."""
+"""Above this a tile's rho_v is not used: what vanished of `sum w s` might count."""
 
 PEAK_STEP = tl.constexpr((1 + 2.0**-20) / 255)
 
@@ -29,9 +29,9 @@ def number(pointer, mask):
 
 @triton.jit
 def tile_sums(stats, row, nu_peak, read, C: tl.constexpr):
-    """`sum w`, `sum w nu`, `sqrt(sum w^2)`, which is no more than the first, and `sum w s` of tiles `row` of `stats`
-    [H NT, 4, C], 0 where not `read`."""
-    of = stats + row[:, None] * (4 * C) + tl.arange(0, C)[None]
+    """`sum w`, `sum w nu`, `sqrt(sum w^2)`, which is no more than the first, and `sum w s` with the values' scales, of
+    tiles `row` of `stats` [H NT, 4, C], 0 where not `read`."""
+    of = stats + row[:, None] * (4 * C) + (tl.arange(0, C) % (C // 2))[None]
     mask = read[:, None]
     a = tl.load(of, mask=mask, other=0.0)
     n = tl.load(of + C, mask=mask, other=0.0) * (nu_peak * PEAK_STEP)[:, None]
@@ -40,21 +40,39 @@ def tile_sums(stats, row, nu_peak, read, C: tl.constexpr):
 
 
 @triton.jit
-def key_terms(a, n, norm, q_norm, kappa, sigma_k, nu_peak):
+def keyed_sums(stats, row, nu_peak, read, C: tl.constexpr):
+    """`sum w s` and `sum w s nu` with the keys' scales."""
+    of = stats + row[:, None] * (4 * C) + (tl.arange(0, C) % (C // 2) + C // 2)[None]
+    mask = read[:, None]
+    keyed = tl.load(of, mask=mask, other=0.0)
+    return keyed, tl.load(of + C, mask=mask, other=0.0) * (nu_peak * PEAK_STEP)[:, None]
+
+
+LARGEST_STEP = tl.constexpr(64.0)
+"""Above this `sum w s` is not used for keys: what vanished of it might count."""
+
+
+@triton.jit
+def key_terms(a, n, norm, keyed, keyed_n, q_norm, kappa, sigma_k, rho_k, nu_peak):
     """`(k0, k1, e^Delta - 1, Delta)`, the first two with `k0 + k1 h` at least `L^- W` times what tiles add to E_key."""
     delta = q_norm[None] * (kappa * SLACK)[:, None]
     coefficient = q_norm[None] * (sigma_k * SLACK)[:, None] * norm
     first, second = expm1_up(delta), second_order_up(delta)
-    one_by_one = first * n
+    k0, k1 = first * n, first * a
     together = coefficient * nu_peak[:, None] + second * n
-    k1 = tl.where(together < one_by_one, coefficient + second * a, first * a)
-    return least(one_by_one, together), k1, first, delta
+    k1 = tl.where(together < k0, coefficient + second * a, k1)
+    k0 = least(k0, together)
+    step = q_norm[None] * (rho_k * SLACK)[:, None]
+    growth = step * growth_up(delta)
+    by_scale = tl.where(step < LARGEST_STEP, growth * keyed_n, float("inf"))
+    k1 = tl.where(by_scale < k0, growth * keyed, k1)
+    return least(k0, by_scale), k1, first, delta
 
 
 @triton.jit
-def linear_value_terms(a, scaled, eta, rho):
+def linear_value_terms(a, scaled, eta, rho_v):
     """`sum w ||v_t - v^_t||` from above: by the largest residual, or by the largest in units of a token's scale."""
-    return least(a * eta, tl.where(rho < LARGEST_RHO, scaled * rho, float("inf")))
+    return least(a * eta, tl.where(rho_v < LARGEST_RHO, scaled * rho_v, float("inf")))
 
 
 @triton.jit

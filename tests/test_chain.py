@@ -211,13 +211,13 @@ def test_counts_are_those_of_the_levels():
         np.testing.assert_array_equal(counts[:, 1:4], np.stack([(levels == i).sum(1) for i in (1, 2, 3)], 1))
 
 
-@pytest.mark.parametrize("leaf", ["kappa", "eta", "nu", "k_norm", "rho"])
+@pytest.mark.parametrize("leaf", ["kappa", "eta", "nu", "k_norm", "rho_k", "rho_v"])
 def test_a_damaged_annotation_costs_dense_attention(leaf):
     """Of a tile that is read: whatever is not a number there must not end in a finite bound that is wrong."""
     cache, q = problem(64)
     for damage in (np.nan, np.inf):
         note = getattr(cache.notes, leaf)
-        if leaf in ("k_norm", "rho"):
+        if leaf in ("k_norm", "rho_k", "rho_v"):
             note = note.at[1, 0, 0, 4].set(damage)
         else:
             note = note.replace(peak=note.peak.at[1, 0, 0, 4].set(damage))

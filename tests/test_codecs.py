@@ -130,19 +130,22 @@ def test_rho_times_a_tokens_step_is_never_below_its_residual(codec, seed, key_fa
     )
     values = values * jnp.asarray(10.0 ** rng.uniform(-3, 0, (1, LARGE_BLOCK, 1)), jnp.float32).at[0, 5].set(0.0)
     codes, notes = encode(codec, keys, values)
-    step = f64(codes.v_scale)  # [1, B]
-    eta = true_residuals(codec, codes, keys, values, NOWHERE)["eta"]  # [1, Lv, B]
-    reach = f64(notes.rho)[..., None] * np.where(np.isinf(f64(notes.rho))[..., None], 1.0, step[:, None])
-    assert (eta <= np.where(np.isinf(f64(notes.rho))[..., None], np.inf, reach)).all()
-    ordinary = (step > 2.0**-50) | (eta.max(1) == 0)
-    if ordinary.all():  # less than a cell's diagonal at the level's width, but for rounding
-        cells = np.array([2.0 ** (sum(codec.value_planes) - n) for n in np.cumsum(codec.value_planes)])
-        assert (f64(notes.rho) <= 1.02 * cells * np.sqrt(D)).all(), f64(notes.rho)
+    true = true_residuals(codec, codes, keys, values, NOWHERE)
+    for rho, step, residual, widths in (
+        (notes.rho_k, codes.k_scale, true["kappa"], codec.key_planes),
+        (notes.rho_v, codes.v_scale, true["eta"], codec.value_planes),
+    ):
+        rho, step = f64(rho)[..., None], f64(step)[:, None]  # [1, Lv, 1], [1, 1, B]
+        reach = np.where(np.isinf(rho), np.inf, np.where(np.isinf(rho), 0, rho) * step)
+        assert (residual <= reach).all()
+        if ((step > 2.0**-50) | (residual.max(1) == 0)).all():  # about a cell's diagonal at the level's width
+            cells = np.array([2.0 ** (sum(widths) - n) for n in np.cumsum(widths)])
+            assert (rho[0, :, 0] <= 1.02 * cells * np.sqrt(D)).all(), rho
 
 
 def test_small_blocks_have_no_rho():
     _, notes = encode(make_codec("planes"), block(0, "gaussian"), block(1, "gaussian"))
-    assert notes.rho is None
+    assert notes.rho_k is None and notes.rho_v is None
 
 
 def true_residuals(codec, codes, keys, values, stats):

@@ -99,8 +99,9 @@ class Codec(Protocol):
     def value_slack(self, codes: Codes, level: int, stats: HeadStats, doubt: Doubt) -> jax.Array:
         """The same for `decode_values`."""
 
-    def value_step(self, codes: Codes) -> jax.Array | None:
-        """What each token's value codes are multiplied by, float32 `[..., NB, B]`; None where that is no one number."""
+    def steps(self, codes: Codes) -> tuple[jax.Array, jax.Array] | None:
+        """What each token's key codes and value codes are multiplied by, float32 `[..., NB, B]` each; None where that
+        is no one number."""
 
     def channel_bound(self, abs_q: jax.Array, codes: Codes) -> jax.Array | None:
         """Bound on `|q.(k_t - k^_t)|` of every token of a block from per-channel steps, or None.
@@ -132,7 +133,7 @@ class Unturned:
     def rounding(self, d: int) -> float:
         return 0.0
 
-    def value_step(self, codes: Codes) -> None:
+    def steps(self, codes: Codes) -> None:
         return None
 
 
@@ -166,9 +167,9 @@ class Annotations:
         Spectral norm of the block's matrix of residuals `k_t - k^_t`.
     sigma_v : `[..., NB, 1 + Lv]` bfloat16, or None
         Spectral norms of `v_t - c`, then of `v_t - v^_t` level by level.
-    rho : `[..., NB, Lv]` bfloat16, or None
-        Largest `||v_t - v^_t|| / s_t` of a large block, level by level, with `s_t` the codec's `value_step`; infinite
-        where some `s_t` is too small to speak for its token.
+    rho_k, rho_v : `[..., NB, Lk]`, `[..., NB, Lv]` bfloat16, or None
+        Largest `||k_t - k^_t|| / s_t` and `||v_t - v^_t|| / s_t` of a large block, level by level, with `s_t` the
+        codec's `steps`; infinite where some `s_t` is too small to speak for its token.
     k_norm : `[..., NB]` bfloat16
         Largest `max(||k_t - c_k||, ||k^_t - c_k||)` of the block, with `c_k` the centre of the keys where the codec is
         centred and 0 elsewhere: scales the rounding of a computed score.
@@ -181,7 +182,8 @@ class Annotations:
     nu: nt.Note
     sigma_k: jax.Array | None
     sigma_v: jax.Array | None
-    rho: jax.Array | None
+    rho_k: jax.Array | None
+    rho_v: jax.Array | None
     k_norm: jax.Array
     checksum: jax.Array
 
@@ -221,14 +223,19 @@ def annotate(
         )
         for level in range(codec.value_levels)
     ]
-    step = codec.value_step(codes) if spectral and keys.shape[-2] >= LARGE_BLOCK else None
+    steps = codec.steps(codes) if spectral and keys.shape[-2] >= LARGE_BLOCK else None
+    rho_k, rho_v = [
+        None if steps is None else jnp.stack([_in_steps(norm, step) for norm, _ in measured], -1)
+        for measured, step in zip((measured_k, measured_v), steps or (None, None), strict=True)
+    ]
     notes = Annotations(
         kappa=nt.store(jnp.stack([norm for norm, _ in measured_k], -2), form),
         eta=nt.store(jnp.stack([norm for norm, _ in measured_v], -2), form),
         nu=nt.store(nu, form),
         sigma_k=num.round_up_bf16(jnp.stack([s for _, s in measured_k], -1)) if spectral else None,
         sigma_v=num.round_up_bf16(jnp.stack([nu_spectral, *(s for _, s in measured_v)], -1)) if spectral else None,
-        rho=None if step is None else jnp.stack([_in_steps(norm, step) for norm, _ in measured_v], -1),
+        rho_k=rho_k,
+        rho_v=rho_v,
         k_norm=num.round_up_bf16((reach * num.NORM_SLACK).max(-1)),
         checksum=jnp.zeros(keys.shape[:-2], jnp.uint32),
     )

@@ -128,8 +128,8 @@ class Planes:
         relative = 2 * (self.rounding(y.shape[-1]) + num.gamma(3))
         return relative * (num.norm_up(y) + num.norm_up(centre)[..., None, None]) + doubt[..., None, None]
 
-    def value_step(self, codes: PlanesCodes) -> jax.Array:
-        return codes.v_scale.astype(jnp.float32)
+    def steps(self, codes: PlanesCodes) -> tuple[jax.Array, jax.Array]:
+        return codes.k_scale.astype(jnp.float32), codes.v_scale.astype(jnp.float32)
 
     def channel_bound(self, abs_q: jax.Array, codes: PlanesCodes) -> None:
         return None

@@ -3,7 +3,8 @@
 A plan is made before values are read, on an estimate of how long the output will be. How far off that is depends on the
 layer more than on the token: on a text, the bounds of some layers come to 0.7 of what was planned for at most steps,
 and those of others to 1.4. A layer whose bound exceeded its tolerance, and went dense, aims lower at once; one whose
-bound held aims a little higher, so that about one step in a hundred exceeds it. None of this enters a bound.
+bound held aims a little higher, the more the less of its tolerance was used, so that about one step in a hundred
+exceeds it. None of this enters a bound.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from certjax.certificate import Certificate
 from certjax.fused.ladder import allotted
 from certjax.policy import Policy
 
-LOWEST, HIGHEST = 0.25, 1.25
-RISE = 1.004
+LOWEST, HIGHEST = 0.25, 2.0
+RISE, LEAST_RISE = 0.025, 0.001
+"""Of the share of the tolerance that was left, by how much of it the aim rises; and at least by so much."""
 TARGET = 0.85
 """Of the tolerance: what a plan that has exceeded it aims at next."""
 ABSURD = 2.5
@@ -35,5 +37,6 @@ def corrected(cache: TieredKVCache, policy: Policy, certificate: Certificate) ->
     bound = rows(certificate.e_total_candidate)
     used = (bound / allotted(policy, rows(certificate.out_norm_candidate), bound)).max((1, 2)).reshape(shape)
     lower = cache.aim * (TARGET / jnp.clip(used, 1.0, ABSURD))
-    aim = jnp.where(used <= 1, cache.aim * RISE, jnp.where(used <= ABSURD, lower, cache.aim))
+    higher = cache.aim * (1 + jnp.maximum(RISE * (0.95 - used), LEAST_RISE))
+    aim = jnp.where(used <= 1, higher, jnp.where(used <= ABSURD, lower, cache.aim))
     return cache.replace(aim=jnp.clip(aim, LOWEST, HIGHEST))

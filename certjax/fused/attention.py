@@ -99,7 +99,7 @@ class _Step:
         stats, weights, acc, window_sums = self.kernels.scan(
             x.index, meta, q.kernel, x.keys, x.key_scale, x.value_scale, x.nu, x.live, x.windows
         )
-        sums = bd.tile_sums(jnp.where(x.active[..., None, None], distinct(stats, 3), 0.0), x)
+        sums = bd.tile_sums(jnp.where(x.active[..., None, None], stats, 0.0), x)
         return _Scan(sums, weights, bd.exact_of(folded(acc), distinct(window_sums, 3)))
 
     def everything(self) -> Plan:
@@ -124,7 +124,7 @@ class _Step:
         exact = scan.windows
         if promote:
             exact = bd.joined(exact, _found(host, counts[:, bd.PROMOTE] > 0))
-        return bd.Pass(scan.sums, bd.tile_sums(distinct(stats, 3), x), plan.level, folded(acc.sum(1)), exact)
+        return bd.Pass(scan.sums, bd.tile_sums(stats, x), plan.level, folded(acc.sum(1)), exact)
 
     def dense(self, heads: jax.Array) -> bd.Exact:
         """Attend to all originals of `heads` `[H]`, and to nothing else."""
@@ -257,7 +257,7 @@ def bytes_of_a_tile(d: int, level: int) -> float:
     """Of a tile: what the scan (level 0) reads and writes, and what the second pass reads at a level."""
     weights = 8 * 2  # of a token, for a group of up to 4 query heads
     return (
-        float(ops.TILE * (d + 5 + weights) + 22),  # 8-bit keys, both scales, nu; the plan's peaks and spectral norms
+        float(ops.TILE * (d + 5 + weights) + 30),  # 8-bit keys, both scales, nu; the plan's annotations of the tile
         float(ops.TILE * (d // 2 + weights)),  # 4-bit values
         float(ops.TILE * (d + d // 2 + d // 2 + d // 4 + 5)),  # 12-bit keys and 6-bit values, their scales and nu
     )[level]

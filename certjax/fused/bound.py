@@ -43,13 +43,23 @@ class TileSums:
     n: jax.Array  # sum w nu
     norm: jax.Array  # sqrt(sum w^2), which is no more than a
     scaled: jax.Array  # sum w s, s the scale of the value's codes
+    keyed: jax.Array  # sum w s, s the scale of the key's codes
+    keyed_n: jax.Array  # sum w s nu, the same
 
 
 def tile_sums(stats: jax.Array, layer: Layer) -> TileSums:
-    """`stats`: [H, NT, 4, G] as the kernels return them."""
+    """`stats`: [H, NT, 4, C] as the kernels return them."""
     peak = layer.nu_peak[..., None] * ((1 + 2.0**-20) / 255)
-    a = stats[:, :, 0]
-    return TileSums(a, stats[:, :, 1] * peak, jnp.minimum(jnp.sqrt(stats[:, :, 2]) + FLUSHED, a), stats[:, :, 3])
+    plain, keyed = jnp.split(stats, 2, axis=-1)
+    a = plain[:, :, 0]
+    return TileSums(
+        a=a,
+        n=plain[:, :, 1] * peak,
+        norm=jnp.minimum(jnp.sqrt(plain[:, :, 2]) + FLUSHED, a),
+        scaled=plain[:, :, 3],
+        keyed=keyed[:, :, 0],
+        keyed_n=keyed[:, :, 1] * peak,
+    )
 
 
 SKIP, COARSE, FINEST, PROMOTE = range(4)
@@ -73,15 +83,31 @@ def delta_of(queries: Queries, kappa: jax.Array) -> jax.Array:
 def key_terms(sums: TileSums, queries: Queries, layer: Layer, level: int) -> tuple[jax.Array, jax.Array]:
     """`(k0, k1)` with `k0 + k1 h` at least `L^- W` times what a tile adds to E_key, keys at `level`: [H, NT, G] each.
 
-    Token by token or by the spectral norm, whichever is less for `h = 0`: either is a bound for every h.
+    Token by token, with the largest Delta or with Delta in units of the token's scale, or by the spectral norm,
+    whichever is less for `h = 0`: each is a bound for every h.
     """
     delta = delta_of(queries, layer.kappa_peak[..., level])
     coefficient = delta_of(queries, layer.sigma_k[..., level]) * sums.norm
     first, second = num_expm1(delta), second_order(delta)
-    one_by_one = first * sums.n
+    k0, k1 = first * sums.n, first * sums.a
     together = coefficient * layer.nu_peak[..., None] + second * sums.n
-    spectral = together < one_by_one
-    return jnp.minimum(one_by_one, together), jnp.where(spectral, coefficient + second * sums.a, first * sums.a)
+    k1 = jnp.where(together < k0, coefficient + second * sums.a, k1)
+    k0 = jnp.minimum(k0, together)
+    step = delta_of(queries, layer.rho_k[..., level])  # Delta_t is at most so many of the token's scale
+    growth = step * growth_up(delta)
+    by_scale = jnp.where(step < LARGEST_STEP, growth * sums.keyed_n, jnp.inf)
+    k1 = jnp.where(by_scale < k0, growth * sums.keyed, k1)
+    return jnp.minimum(k0, by_scale), k1
+
+
+LARGEST_STEP = 64.0
+"""Above this `sum w s` is not used for keys: what vanished of it might count."""
+
+
+def growth_up(delta: jax.Array) -> jax.Array:
+    """`(e^x - 1) / x` from above, as `sinh(y) / y <= e^(y^2 / 6)`; finite beyond MAX_DELTA."""
+    x = jnp.minimum(delta, num.MAX_DELTA)
+    return jnp.exp(x * (0.5 + x / 24)) * (1 + 2.0**-18)
 
 
 def num_expm1(delta: jax.Array) -> jax.Array:
@@ -101,7 +127,7 @@ def value_terms(sums: TileSums, layer: Layer, level: int) -> jax.Array:
     """
     linear = sums.n
     if level != SKIP:
-        rho = layer.rho[..., level - 1, None]
+        rho = layer.rho_v[..., level - 1, None]
         by_scale = jnp.where(rho < LARGEST_RHO, sums.scaled * rho, jnp.inf)
         linear = jnp.minimum(sums.a * layer.eta_peak[..., level - 1, None], by_scale)
     return jnp.minimum(linear, layer.sigma_v[..., level, None] * sums.norm)
@@ -227,7 +253,8 @@ def judge(found: Pass, queries: Queries, layer: Layer, tiles: jax.Array, additio
     widened = (grow * grow - 1) * linear + grow * jnp.expm1(eps) * (nu_mean + h) / l_minus
     nu_max = jnp.maximum(layer.nu_max[:, None], exact_nu)
     n_tokens = (n_tiles + 64) * TILE
-    flushed = n_tokens * num.UNDERFLOW / total * jnp.exp(delta_max) * grow * grow / l_minus
+    # 32: of a product of a weight and a key's scale 2^-126 may vanish, and counts LARGEST_STEP times that.
+    flushed = 32 * n_tokens * num.UNDERFLOW / total * jnp.exp(delta_max) * grow * grow / l_minus
     flushed *= nu_max + layer.eta_max[:, None] + h
     # Weights times a value's scale, and their lower halves, may vanish too: 2^-125 each, times a code or rho.
     flushed += n_tokens * (2.0**-117 * d**0.5) / total

@@ -48,7 +48,8 @@ def chained_attention(
         name: note.reshape(note.shape[0], -1, *note.shape[3:])
         for name, note in {
             "kappa": cache.notes.kappa.peak, "eta": cache.notes.eta.peak, "nu": cache.notes.nu.peak,
-            "sigma_k": cache.notes.sigma_k, "sigma_v": cache.notes.sigma_v, "rho": cache.notes.rho,
+            "sigma_k": cache.notes.sigma_k, "sigma_v": cache.notes.sigma_v, "rho_k": cache.notes.rho_k,
+            "rho_v": cache.notes.rho_v,
         }.items()
     }  # fmt: skip
     turn, (_, flags) = ops.rotation_matrix(d), qr.row_of_flags(n_tiles)

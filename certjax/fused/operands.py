@@ -40,7 +40,8 @@ class Layer:
     host_values: jax.Array | None
     kappa_peak: jax.Array  # [H, NT, 2] float32, 0 where a tile is not read
     eta_peak: jax.Array  # [H, NT, 2]
-    rho: jax.Array  # [H, NT, 2]
+    rho_k: jax.Array  # [H, NT, 2]
+    rho_v: jax.Array  # [H, NT, 2]
     nu_peak: jax.Array  # [H, NT]
     sigma_k: jax.Array  # [H, NT, 2], 0 where a tile is not read
     sigma_v: jax.Array  # [H, NT, 3]
@@ -140,7 +141,8 @@ def layer_of(cache: TieredKVCache, layer: jax.Array, common: Shared) -> Layer:
         host_values=host[1],
         kappa_peak=jnp.where(active, here(notes.kappa.peak), 0.0),
         eta_peak=here(notes.eta.peak),
-        rho=here(notes.rho),
+        rho_k=here(notes.rho_k),
+        rho_v=here(notes.rho_v),
         nu_peak=here(notes.nu.peak),
         sigma_k=jnp.where(active, here(notes.sigma_k), 0.0),
         sigma_v=here(notes.sigma_v),

@@ -127,7 +127,7 @@ def attend_tiles(layer, meta, levels, counts, weights, q, keys, keys_low, key_sc
                 p = jnp.exp2(mg.times(x + together(low) * low_unit + half, ks) + shift)
                 scaled = mg.times(p, vs)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                mg.store_sums(p, scaled, share, stats)
+                mg.store_sums(p, scaled, share, ks, stats)
                 mg.store_weights(scaled, w.at[0])
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(stats, stats_ref.at[h, tile])

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.originals.reference import attend_originals
-from pallas_kernels.query import HALF_FINE, LOW_UNIT, SHIFT, UNIT, Operands, distinct, folded, together, twice, whole
+from pallas_kernels.query import HALF_FINE, LOW_UNIT, SHIFT, UNIT, Operands, distinct, folded, together, whole
+from pallas_kernels.scan.reference import tile_statistics
 
 TILE = 128
 COARSE, FINEST, PROMOTED = 1, 2, 3
@@ -69,13 +70,13 @@ def attend_tiles(
     w = jax.lax.optimization_barrier(jnp.exp2(x * ks.astype(jnp.float32)[..., None] + q.row(SHIFT)))  # [H, N, G]
     w = jnp.where(jnp.repeat(levels, TILE, axis=1)[..., None] == FINEST, w, 0.0)
     weighted = w * vs.astype(jnp.float32)[..., None]
-    stats = jnp.stack([w, w * share.astype(jnp.float32)[..., None], w * w, weighted], 2)
+    stats = tile_statistics(w, weighted, share, ks)
     tiles = (heads, -1, TILE)
     weighted = weighted.reshape(*tiles, w.shape[-1])
     coarse = jnp.where(levels[..., None, None] == COARSE, folded(weights.astype(jnp.float32).swapaxes(2, 3)), 0.0)
     dot = functools.partial(jnp.einsum, "hjdt,hjtc->hjdc", precision="highest")
     acc = dot(4 * signed_fields(v, 4), coarse + weighted) + dot(signed_fields(v_low, 2), weighted)
-    found = whole(in_parts(acc, splits)), twice(stats.reshape(*tiles, 4, w.shape[-1]).sum(2))
+    found = whole(in_parts(acc, splits)), stats
     if host_keys is None:
         return found
     promoted = (levels == PROMOTED).astype(jnp.int32)

@@ -14,11 +14,13 @@ import triton.language as tl
 from pallas_kernels import numerics as num
 from pallas_kernels.device_math import MAX_DELTA, exp_down, exp_up, expm1_up, least, most, no_nan, product, rounded
 from pallas_kernels.launch import launch
+from pallas_kernels.plan.triton import NOTES
 from pallas_kernels.tile_facts import (
     SLACK,
     add_originals,
     folded,
     key_terms,
+    keyed_sums,
     linear_value_terms,
     number,
     tile_sums,
@@ -54,7 +56,8 @@ SUMS = tl.constexpr(16)
 
 @triton.jit
 def _tally(
-    levels, stats, fine_stats, acc, kappa, eta, nu, sigma_k, sigma_v, rho, facts, meta, layer,  # inputs
+    levels, stats, fine_stats, acc, kappa, eta, nu, sigma_k, sigma_v, rho_k, rho_v, facts, meta,
+    layer,  # inputs
     sums, read,  # outputs
     H: tl.constexpr, NT: tl.constexpr, FLAGS: tl.constexpr, S: tl.constexpr, PER_PART: tl.constexpr,
     PER_PART_UP: tl.constexpr, C: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
@@ -86,11 +89,16 @@ def _tally(
     norm = tl.where(finest[:, None], fine_norm, norm)
     plane = finest.to(tl.int32)
     kappa_t = number(kappa + noted * 2 + plane, kept)
-    k0, k1, grown, delta = key_terms(a, n, norm, q_norm, kappa_t, number(sigma_k + noted * 2 + plane, kept), nu_peak)
+    keyed, keyed_n = keyed_sums(stats, row, nu_peak, active & (level != 2), C)
+    fine_keyed, fine_keyed_n = keyed_sums(fine_stats, row, nu_peak, active & finest, C)
+    k0, k1, grown, delta = key_terms(
+        a, n, norm, keyed + fine_keyed, keyed_n + fine_keyed_n, q_norm, kappa_t,
+        number(sigma_k + noted * 2 + plane, kept), number(rho_k + noted * 2 + plane, kept), nu_peak,
+    )  # fmt: skip
     eta_t = number(eta + noted * 2 + plane, kept)[:, None]
     read_here = (coarse | finest)[:, None] & here
     by_level = tl.where(finest[:, None], fine_scaled, scaled)
-    linear = linear_value_terms(a, by_level, eta_t, number(rho + noted * 2 + plane, kept)[:, None])
+    linear = linear_value_terms(a, by_level, eta_t, number(rho_v + noted * 2 + plane, kept)[:, None])
     linear = tl.where(read_here, linear, n)
     spectral = number(sigma_v + noted * 3 + tl.where(kept, level, 0), kept)[:, None] * norm
     # A value is `s (4 high + 2)`, or `s (4 high + low + 2.5)`.
@@ -187,7 +195,8 @@ def _judge(
     widened = expm1_up(2 * eps) * linear + grow * expm1_up(eps) * (nu_mean + h_bar) / l_minus
     nu_max = most(nu_max, exact_nu)
     n_tokens = (NT + 64) * TILE
-    flushed = n_tokens * UNDERFLOW / total * exp_up(least(delta_max, MAX_DELTA)) * grow * grow / l_minus
+    # 32: of a product of a weight and a key's scale 2^-126 may vanish, and counts LARGEST_STEP times that.
+    flushed = 32 * n_tokens * UNDERFLOW / total * exp_up(least(delta_max, MAX_DELTA)) * grow * grow / l_minus
     flushed *= nu_max + eta_max + h_bar
     # Weights times a value's scale, and their lower halves, may vanish too: 2^-125 each, times a code or rho.
     flushed += n_tokens * (2.0**-117 * ROOT) / total
@@ -378,7 +387,7 @@ def judge(
     shape = dict(H=heads, NT=n_tiles, C=columns, D=d)
     sums, read = launch(
         _tally, levels, coarse, fine, acc,
-        *(notes[x] for x in ("kappa", "eta", "nu", "sigma_k", "sigma_v", "rho")), facts, meta, layer,
+        *(notes[x] for x in NOTES), facts, meta, layer,
         out=[
             jax.ShapeDtypeStruct((heads, parts, SUMS.value, columns), f32),
             jax.ShapeDtypeStruct((heads, parts, d, columns), f32),

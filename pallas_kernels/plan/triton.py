@@ -16,7 +16,7 @@ import triton.language as tl
 
 from pallas_kernels.device_math import exp_down, expm1_up, least, most, no_nan, product, rounded
 from pallas_kernels.launch import launch
-from pallas_kernels.tile_facts import add_originals, key_terms, linear_value_terms, number, tile_sums
+from pallas_kernels.tile_facts import add_originals, key_terms, keyed_sums, linear_value_terms, number, tile_sums
 
 PRICES, STEPS = tl.constexpr(64), tl.constexpr(4)
 """Candidates for the price of reading a tile at its finest, in shares of a layer's tolerance: so many, so many to a
@@ -28,7 +28,7 @@ as a share of the first, of what scores may hide. Of the windows: sum of w, larg
 the centre, its square, its product with the centre, the centre's square."""
 
 COUNTS = tl.constexpr(5)
-NOTES = ("kappa", "eta", "nu", "sigma_k", "sigma_v", "rho")
+NOTES = ("kappa", "eta", "nu", "sigma_k", "sigma_v", "rho_k", "rho_v")
 CHUNK = 128
 """Tiles that a program of `_offer` looks at."""
 
@@ -103,7 +103,7 @@ def _own(x, mine):
 
 @triton.jit
 def _offer(
-    stats, kappa, eta, nu, sigma_k, sigma_v, rho, facts, weighed, aim, meta, layer,  # inputs
+    stats, kappa, eta, nu, sigma_k, sigma_v, rho_k, rho_v, facts, weighed, aim, meta, layer,  # inputs
     costs, left,  # outputs
     H: tl.constexpr, HEADS: tl.constexpr, HEADS_UP: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_UP: tl.constexpr,
     NT: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, T: tl.constexpr, RELATIVE_TO: tl.constexpr,
@@ -145,18 +145,23 @@ def _offer(
     nu_peak = number(nu + noted, active)
     a, n, norm, scaled = tile_sums(stats, h * NT + t, nu_peak, active, C)
     q_norm = tl.load(facts + h * 4 * C + col)
-    k0, k1, _, _ = key_terms(a, n, norm, q_norm, number(kappa + noted * 2, active), number(sigma_k + noted * 2, active),
-                             nu_peak)  # fmt: skip
+    keyed, keyed_n = keyed_sums(stats, h * NT + t, nu_peak, active, C)
+    k0, k1, _, _ = key_terms(
+        a, n, norm, keyed, keyed_n, q_norm, number(kappa + noted * 2, active), number(sigma_k + noted * 2, active),
+        number(rho_k + noted * 2, active), nu_peak,
+    )  # fmt: skip
     coarse_keys = (k0 + k1 * h_bar[None]) / l_minus[None]
-    k0, k1, _, _ = key_terms(a, n, norm, q_norm, number(kappa + noted * 2 + 1, active),
-                             number(sigma_k + noted * 2 + 1, active), nu_peak)  # fmt: skip
+    k0, k1, _, _ = key_terms(
+        a, n, norm, keyed, keyed_n, q_norm, number(kappa + noted * 2 + 1, active),
+        number(sigma_k + noted * 2 + 1, active), number(rho_k + noted * 2 + 1, active), nu_peak,
+    )  # fmt: skip
     fine_keys = (k0 + k1 * h_bar[None]) / l_minus[None]
     skipped = least(n, number(sigma_v + noted * 3, active)[:, None] * norm)
     coarse = number(sigma_v + noted * 3 + 1, active)[:, None] * norm
-    of_eta, of_rho = number(eta + noted * 2, active)[:, None], number(rho + noted * 2, active)[:, None]
+    of_eta, of_rho = number(eta + noted * 2, active)[:, None], number(rho_v + noted * 2, active)[:, None]
     coarse = least(linear_value_terms(a, scaled, of_eta, of_rho), coarse)
     fine = number(sigma_v + noted * 3 + 2, active)[:, None] * norm
-    of_eta, of_rho = number(eta + noted * 2 + 1, active)[:, None], number(rho + noted * 2 + 1, active)[:, None]
+    of_eta, of_rho = number(eta + noted * 2 + 1, active)[:, None], number(rho_v + noted * 2 + 1, active)[:, None]
     fine = least(linear_value_terms(a, scaled, of_eta, of_rho), fine)
     of_total, of_room = (1 / total)[None], (1 / room)[None]
     shown = kept & active[:, None]

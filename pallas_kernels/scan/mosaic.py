@@ -52,7 +52,7 @@ def scan_tiles(layer, meta, q, keys, key_scale, value_scale, nu, live, windows, 
                 scaled = mg.times(w, vs)
                 tile, slot = start + index[0], index[0] % 2
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the slot's last copies have left it
-                mg.store_sums(w, scaled, nu, stats.at[slot])
+                mg.store_sums(w, scaled, nu, ks, stats.at[slot])
                 mg.store_weights(scaled, weights.at[slot])
                 plgpu.commit_smem()  # after the last read of the tile: the pipeline refills it without a barrier
                 plgpu.copy_smem_to_gmem(stats.at[slot], stats_ref.at[h, tile], commit_group=False)

@@ -32,8 +32,8 @@ def scan_tiles(
     Returns
     -------
     stats : [H, NT, 4, C]
-        Per tile `sum w`, `sum w share`, `sum w^2`, `sum w value_scale`. Of tiles that are not read: 0 (in the kernel:
-        anything).
+        Per tile `sum w`, `sum w share`, `sum w^2`, `sum w value_scale`, the first two again times the key's scale in
+        their second halves (`tile_statistics`). Of tiles that are not read: 0 (in the kernel: anything).
     weights : [H, NT, C, 128] bfloat16
         `w value_scale` for the second pass, see `in_two_halves`. Of tiles that are not read: anything.
     acc, sums : [H, W, d, C], [H, W, 4, C]
@@ -48,9 +48,8 @@ def scan_tiles(
     x = (dot * q.row(UNIT) + q.row(HALF)) * ks.astype(jnp.float32)[..., None] + q.row(SHIFT)
     w = jax.lax.optimization_barrier(jnp.exp2(x))  # [H, N, G]; all sums are of one evaluation, as in the kernel
     weighted = w * vs.astype(jnp.float32)[..., None]
-    stats = jnp.stack([w, w * share.astype(jnp.float32)[..., None], w * w, weighted], 2)
-    heads, n, _, columns = stats.shape
-    stats = stats.reshape(heads, n // TILE, TILE, 4, columns).sum(2)
+    heads, n, columns = w.shape
+    stats = tile_statistics(w, weighted, share, ks)
     tile = jnp.arange(n // TILE)
     read = (tile >= first[:, None]) & (tile < end[:, None])
     stats = jnp.where(read[..., None, None], stats, 0.0)
@@ -62,4 +61,18 @@ def scan_tiles(
             k, v = (jnp.take(x, layer[0], 0)[:, cut] for x in (keys, values))
             found.append(attend_tile_of_originals(k, v, live[:, len(found)], q))
     acc, sums = (jnp.stack(x, 1) for x in zip(*found, strict=True))
-    return twice(stats), weights, whole(acc), twice(sums)
+    return stats, weights, whole(acc), twice(sums)
+
+
+def tile_statistics(w: jax.Array, weighted: jax.Array, share: jax.Array, key_scale: jax.Array) -> jax.Array:
+    """Sums over tiles `[H, NT, 4, C]`. `w`, `weighted`: [H, N, G] weights, and times their values' scale; `share`,
+    `key_scale`: [H, N].
+
+    The halves of the first two rows are `sum w`, `sum w share`, and the same times the key's scale; the other two
+    repeat `sum w^2` and `sum weighted`.
+    """
+    share, key_scale = (x.astype(jnp.float32)[..., None] for x in (share, key_scale))
+    keyed = w * key_scale
+    first = jnp.concatenate([jnp.stack([w, w * share], 2), jnp.stack([keyed, keyed * share], 2)], -1)
+    rows = jnp.concatenate([first, twice(jnp.stack([w * w, weighted], 2))], 2)  # [H, N, 4, C]
+    return rows.reshape(w.shape[0], -1, TILE, *rows.shape[2:]).sum(2)
