@@ -54,6 +54,7 @@ def _triton(n: int):
     from certjax.fused.chain import chained_attention
     from pallas_kernels import dispatch, launch
     from pallas_kernels.judge import triton as judging
+    from pallas_kernels.judge import verdict
     from pallas_kernels.plan import triton as planning
     from pallas_kernels.prepare import triton as preparing
 
@@ -67,7 +68,7 @@ def _triton(n: int):
     cache = jax.eval_shape(
         lambda k, v: TieredKVCache.from_prefill(k[None], v[None], policy, capacity=n), originals, originals
     )
-    for module in (judging, planning, preparing):
+    for module in (judging, verdict, planning, preparing):
         module.launch = record
     jax.eval_shape(
         lambda q, c: chained_attention(
@@ -75,7 +76,7 @@ def _triton(n: int):
         ),
         shape((1, HEADS, GROUP, D), jnp.float32), cache,
     )  # fmt: skip
-    for module in (judging, planning, preparing):
+    for module in (judging, verdict, planning, preparing):
         module.launch = launch.launch
     for (kernel, arrays, rest), warps in itertools.product(calls, (2, 4, 8)):
         yield f"{kernel.__name__}-w{warps}-{n}", functools.partial(launch.launch, kernel, warps=warps, **rest), arrays

@@ -3,11 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from certjax import Policy, TieredKVCache
 from certjax.certificate import empty_certificate
 from certjax.fused import aim
 from tests.problems import certify
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 L, B, HQ = 2, 2, 4
 POLICY = Policy.budget(0.05, block_size=128)

@@ -18,6 +18,7 @@ from certjax import (
     Model,
     Policy,
     TieredKVCache,
+    decode,
     generate,
     pick_backend,
 )
@@ -26,8 +27,10 @@ from certjax.bench import step
 from certjax.checks import scrubbed
 from certjax.cli import main
 from certjax.fused import operands as ops
+from certjax.fused.aim import corrected
 from certjax.fused.ladder import allotted, heads_to_give_up
 from certjax.models.llama.modeling import init_params
+from certjax.sampling import Sampling
 from tests.oracle import exact_error
 from tests.problems import certify, certify_at
 
@@ -247,6 +250,20 @@ def test_generation_closes_blocks_and_keeps_the_contract():
     assert agree[1] == 1.0, agree
 
 
+def test_a_step_corrects_what_the_next_plans_aim_at():
+    model = small_model()
+    prompt = jnp.asarray(np.random.default_rng(0).integers(0, 97, (1, 768)), jnp.int32)
+    fixed = model.config, "certified", POLICY, Sampling()
+    state = decode.start(*fixed, 768, 8, model.params, prompt, jnp.array([640]), jax.random.key(0))
+    after = decode.run(*fixed, model.params, state, jnp.int32(4))
+    expected = after.cache.replace(aim=jnp.ones((model.config.n_layers, 1)))
+    for t in range(3):
+        record = jax.tree.map(lambda x, t=t: x[t], after.telemetry.certificate)
+        expected = corrected(expected, POLICY, record)
+    assert (after.cache.aim != 1).all()
+    np.testing.assert_allclose(after.cache.aim, expected.aim, rtol=1e-5)
+
+
 def test_bench_reports_ratios_in_a_table(tmp_path):
     out = tmp_path / "bench.json"
     arguments = ["bench", "attention", "--contexts", "512", "--workloads", "concentrated", "--out", str(out)]
@@ -258,7 +275,7 @@ def test_bench_reports_ratios_in_a_table(tmp_path):
 
 def test_bench_times_whole_steps_on_caches_that_the_model_looks_into(monkeypatch, tmp_path):
     small = dataclasses.replace(
-        step.LLAMA_3_1_8B, vocab_size=64, d_model=128, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=64, d_ff=64
+        step.LLAMA_3_1_8B, vocab_size=64, d_model=128, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=64, d_ff=64
     )
     monkeypatch.setattr(step, "LLAMA_3_1_8B", small)
     monkeypatch.setattr(step, "LOOPS", 3)
@@ -268,7 +285,7 @@ def test_bench_times_whole_steps_on_caches_that_the_model_looks_into(monkeypatch
     (row,) = json.loads(out.read_text())["rows"]
     assert row["batch"] == 2 and row["certified"]["p50"] > row["without attention"]["p50"] > 0
     # Queries that a cache was not made for see a flat one, which nothing certifies at 5%.
-    assert sum(row["rungs"]) == 8 * 2 * 2 * 4 and sum(row["rungs"][:3]) > 0.9 * sum(row["rungs"])
+    assert sum(row["rungs"]) == 8 * 1 * 2 * 4 and sum(row["rungs"][:3]) > 0.9 * sum(row["rungs"])
     assert "certified / dense" in out.with_suffix(".md").read_text()
 
 

@@ -35,7 +35,9 @@ def chained_attention(
     common: ops.Shared | None = None,
 ) -> tuple[jax.Array, Certificate]:
     """As `fused_attention`, for a policy with a tolerance."""
+    from pallas_kernels.judge import record as rc
     from pallas_kernels.judge import triton as judging
+    from pallas_kernels.judge import verdict as vd
     from pallas_kernels.plan import triton as planning
     from pallas_kernels.prepare import triton as preparing
 
@@ -55,11 +57,11 @@ def chained_attention(
     turn, (_, flags) = ops.rotation_matrix(d), qr.row_of_flags(n_tiles)
     tiles, additions = per_program_of(n_tiles, kernels), additions_of(n_tiles, kernels)
     depth = bd.TILE + min(n_tiles, sum(judging.tiles_and_parts(n_tiles))) + 64
-    rounding = judging.Rounding(
+    rounding = rc.Rounding(
         per_program=tiles, split=bd.summed(additions + depth), turning=ops.turning_back(d),
         depth_gamma=num.gamma(depth), inflate=inflate(2 * depth), vanished=ops.VANISHED, highest=bd.HIGHEST,
     )  # fmt: skip
-    of_dense = judging.Rounding(
+    of_dense = rc.Rounding(
         per_program=tiles, split=bd.summed(additions), turning=0.0,
         depth_gamma=num.gamma(bd.TILE + cache.capacity // bd.TILE + 64), inflate=1.0, vanished=ops.VANISHED,
         highest=bd.HIGHEST,
@@ -89,14 +91,14 @@ def chained_attention(
         levels, stats, fine, acc, windows, host, counts, notes, facts, common.largest, value_centre, turn,
         meta, index, rounding, canary=policy.canary,
     )  # fmt: skip
-    verdict, everything = judging.decide(
+    verdict, everything = vd.decide(
         record, counts, sound, meta, n_tiles, flags, group=group, relative_to=policy.relative_to,
         tolerance=policy.tolerance, pooled=policy.pooled,
     )  # fmt: skip
     found = kernels.originals(
         index, meta, everything, verdict, operands, x.host_keys, x.host_values, alone=True
     )
-    out, returned = judging.finish(
+    out, returned = vd.finish(
         candidate, record, verdict, found, facts, of_dense, group=group, capacity=cache.capacity
     )
     shape = (batch, n_heads, group)
@@ -104,12 +106,12 @@ def chained_attention(
     final = returned[:, :, :group].reshape(batch, n_heads, 2, group)
     certificate = _certificate(
         policy, cache, x.live, rows, final, counts.reshape(batch, n_heads, -1, 1),
-        verdict.reshape(batch, n_heads, 1), sound, jnp.zeros(shape), d, judging,
+        verdict.reshape(batch, n_heads, 1), sound, jnp.zeros(shape), d, rc,
     )  # fmt: skip
     return out.reshape(q.shape), certificate
 
 
-def _certificate(policy, cache, live, rows, final, counts, verdict, sound, zero, d, judging) -> Certificate:
+def _certificate(policy, cache, live, rows, final, counts, verdict, sound, zero, d, rc) -> Certificate:
     """`rows` [b, Hkv, ROWS, G], `final` [b, Hkv, 2, G], `counts` [b, Hkv, COUNTS, 1], `verdict` [b, Hkv, 1]."""
     norm, e_total = final[:, :, 0], final[:, :, 1]
     dense = verdict > 0
@@ -117,14 +119,14 @@ def _certificate(policy, cache, live, rows, final, counts, verdict, sound, zero,
     bounds = {
         name: rows[:, :, i]
         for name, i in {
-            "e_key": judging.E_KEY, "e_val": judging.E_VAL, "e_arith": judging.E_ARITH, "e_total": judging.E_TOTAL,
-            "e_key_paper": judging.E_KEY_PAPER, "e_val_paper": judging.E_VAL_PAPER,
+            "e_key": rc.E_KEY, "e_val": rc.E_VAL, "e_arith": rc.E_ARITH, "e_total": rc.E_TOTAL,
+            "e_key_paper": rc.E_KEY_PAPER, "e_val_paper": rc.E_VAL_PAPER,
         }.items()
     }  # fmt: skip
     returned = {name: jnp.where(dense, 0.0, x) for name, x in bounds.items()}
     returned |= {"e_total": e_total, "e_arith": jnp.where(dense, e_total, bounds["e_arith"])}
-    candidate_norm = rows[:, :, judging.NORM]
-    passed = rows[:, :, judging.PASSED] > 0
+    candidate_norm = rows[:, :, rc.NORM]
+    passed = rows[:, :, rc.PASSED] > 0
     first = (jnp.arange(zero.shape[-1]) == 0) & (zero == 0)
     windows = live.sum(1).reshape(*zero.shape[:2], 1) * (4.0 * d)
     tier1 = sum(n * bytes_of_a_tile(d, i) for i, n in enumerate((n_active, n_coarse, n_finest)))
@@ -137,8 +139,8 @@ def _certificate(policy, cache, live, rows, final, counts, verdict, sound, zero,
         out_norm=norm,
         out_norm_candidate=candidate_norm,
         tolerance=allotted(policy, norm, jnp.where(dense, 0.0, e_total)),
-        tail_mass=rows[:, :, judging.TAIL_MASS],
-        delta_max=rows[:, :, judging.DELTA_MAX],
+        tail_mass=rows[:, :, rc.TAIL_MASS],
+        delta_max=rows[:, :, rc.DELTA_MAX],
         k_star=n_promoted,
         n_value_promoted=n_promoted,
         n_key_refined=n_finest,

@@ -1,0 +1,181 @@
+"""Who goes dense, and what is returned.
+
+Twins: `certjax.fused.ladder.heads_to_give_up`, `certjax.fused.bound.judge_dense`.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+
+from pallas_kernels import numerics as num
+from pallas_kernels.device_math import MAX_DELTA, exp_up, expm1_up, least, most, no_nan
+from pallas_kernels.judge.record import ROWS, Rounding, length
+from pallas_kernels.launch import launch
+from pallas_kernels.tile_facts import SLACK, folded
+
+TILE = tl.constexpr(128)
+U, UNDERFLOW, FLOOR = tl.constexpr(num.U), tl.constexpr(num.UNDERFLOW), tl.constexpr(num.ABSOLUTE_FLOOR)
+
+
+@triton.jit
+def _decide(
+    record, counts, sound, meta,  # inputs
+    dense, flags,  # outputs
+    HEADS: tl.constexpr, UP: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, FLAGS: tl.constexpr, NT: tl.constexpr,
+    RELATIVE_TO: tl.constexpr, TOLERANCE: tl.constexpr, POOLED: tl.constexpr,
+):  # fmt: skip
+    """Of one KV head (every head of a row comes to the same decision): 0 returned as it is, 1 dense, 2 dense because
+    the row failed a check."""
+    h = tl.program_id(0)
+    batch, head, col = h // HEADS, tl.arange(0, UP), tl.arange(0, C)
+    real = head < HEADS
+    shown = real[:, None] & (col < GROUP)[None]
+    of = record + (batch * HEADS + head[:, None]) * ROWS * C + col[None]
+    norm = tl.load(of, mask=shown, other=0.0)
+    own = no_nan(tl.load(of + 4 * C, mask=shown, other=0.0))
+    passed = tl.load(of + 9 * C, mask=shown, other=1.0)
+    gone = tl.load(counts + (batch * HEADS + head) * 5 + 4, mask=real, other=0) > 0
+    fine = (tl.abs(norm) < float("inf")) & (passed > 0)  # NaN is not less
+    failed = (tl.sum(tl.sum((~fine).to(tl.int32), 1), 0) > 0) | (tl.load(sound + batch) == 0)
+    own = tl.where(gone[:, None] & shown, float("inf"), own)
+    if RELATIVE_TO == "layer":
+        # In units of the longest output, so that no square overflows or vanishes.
+        unit = 1 / least(most(tl.max(tl.max(norm, 1), 0), 2.0**-100), 2.0**100)
+        own, norm = own * unit, norm * unit
+        worst = tl.max(own, 1)
+        squares = tl.sum(norm * norm, 1)
+        bounds = tl.sum(own * own, 1) if POOLED else worst * worst
+        ahead = worst[None] > worst[:, None]
+        ahead |= (worst[None] == worst[:, None]) & (head[None] < head[:, None])
+        rank = tl.sum((ahead & real[None]).to(tl.int32), 1)  # 0: the largest bound
+        n = tl.arange(0, 2 * UP)[:, None]
+        stays = (rank[None] >= n) & real[None]  # [n, head]: with the n worst dense
+        kept = tl.sum(tl.where(stays, squares[None], 0.0), 1)
+        left = tl.where(stays, bounds[None], 0.0)
+        left = tl.sum(left, 1) if POOLED else tl.max(left, 1) * (GROUP * HEADS)
+        # A little is held back for the rounding of the sums, which `allotted` evaluates in another order.
+        nobody = tl.sum(stays.to(tl.int32), 1) == 0
+        fits = ((left <= (TOLERANCE * TOLERANCE * (1 - 2.0**-14)) * kept) & (kept < float("inf"))) | nobody
+        first = tl.min(tl.where(fits, tl.arange(0, 2 * UP), 2 * UP), 0)
+        goes = gone | (rank < first)
+    else:
+        if RELATIVE_TO == "head":
+            allowed = tl.where(tl.abs(norm) < float("inf"), TOLERANCE * norm, 0.0)
+        else:
+            allowed = tl.full((UP, C), TOLERANCE, tl.float32)
+        goes = gone | (tl.sum((~(own <= allowed) & shown).to(tl.int32), 1) > 0)
+    mine = tl.sum((goes & (batch * HEADS + head == h)).to(tl.int32), 0)
+    verdict = tl.where(failed, 2, mine)
+    tl.store(dense + h, verdict)
+    length = tl.load(meta + h * 3 + 2)
+    for start in range(0, FLAGS, 256):
+        t = start + tl.arange(0, 256)
+        chosen = (t < NT) & (t * TILE < length) & (verdict > 0)
+        tl.store(flags + h * FLAGS + t, chosen.to(tl.int32), mask=t < FLAGS)
+
+
+@triton.jit
+def _finish(
+    candidate, record, dense, acc, sums, facts,  # inputs
+    out, returned,  # outputs
+    S: tl.constexpr, S_UP: tl.constexpr, AT_ONCE: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr,
+    D: tl.constexpr, ROOT: tl.constexpr, VANISHED: tl.constexpr, SPLIT: tl.constexpr, DEPTH_GAMMA: tl.constexpr,
+    PER_PROGRAM: tl.constexpr, EXP_RELATIVE_ERROR: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """The output, its norm and its bound: the candidate's, or those of dense attention."""
+    h = tl.program_id(0)
+    col, channel = tl.arange(0, C), tl.arange(0, D)
+    result = tl.load(candidate + (h * C + col[None]) * D + channel[:, None])
+    of = record + h * ROWS * C + col
+    norm, error = tl.load(of), tl.load(of + 4 * C)
+    if tl.load(dense + h) > 0:
+        part, all_parts = tl.arange(0, AT_ONCE)[:, None], tl.arange(0, S_UP)[:, None]
+        of = sums + (h * S + all_parts) * (4 * C) + col[None]
+        here = all_parts < S
+        peaks = tl.load(of + 3 * C, mask=here, other=-1e30)
+        peak = tl.max(peaks, 0)
+        total = tl.sum(tl.load(of, mask=here, other=0.0) * tl.exp2(peaks - peak[None]), 0)
+        key = tl.max(tl.load(of + C, mask=here, other=0.0), 0)
+        value = tl.max(tl.load(of + 2 * C, mask=here, other=0.0), 0)
+        flat, exact = tl.arange(0, D * C)[None], tl.zeros((D * C,), tl.float32)
+        of_flat = sums + h * S * 4 * C + flat % C
+        peak_flat = tl.full((1, D * C), -1e30, tl.float32)
+        for start in tl.static_range(0, S, AT_ONCE):
+            at = start + part
+            peaks_flat = tl.load(of_flat + at * (4 * C) + 3 * C, mask=at < S, other=-1e30)
+            peak_flat = most(peak_flat, tl.max(peaks_flat, 0)[None])
+        for start in tl.static_range(0, S, AT_ONCE):
+            at = start + part
+            scale = tl.exp2(tl.load(of_flat + at * (4 * C) + 3 * C, mask=at < S, other=-1e30) - peak_flat)
+            exact += tl.sum(tl.load(acc + (h * S + at) * (D * C) + flat, mask=at < S, other=0.0) * scale, 0)
+        exact = folded(exact, D, C)
+        key, value = length(key, ROOT, VANISHED), length(value, ROOT, VANISHED)
+        of = facts + h * 4 * C + col
+        eps = 32 * U * (tl.load(of) * key) + EXP_RELATIVE_ERROR + PER_PROGRAM * 2.0**-21
+        eps += tl.load(of + 2 * C) * key * SLACK
+        result = exact / total[None]
+        accumulated = (SPLIT + 3 * DEPTH_GAMMA) * value
+        norm = length(tl.sum(result * result, 0), ROOT, VANISHED)
+        radius = value + norm + accumulated
+        grow = exp_up(least(eps, MAX_DELTA))
+        error = (grow * expm1_up(eps) + N * UNDERFLOW / total * grow * grow) * radius + accumulated
+        error = least(tl.where(eps < MAX_DELTA, no_nan(error), float("inf")), no_nan(value + norm))
+        error = error * (1 + 2.0**-12) + FLOOR
+    tl.store(out + (h * GROUP + col[None]) * D + channel[:, None], result, mask=(col < GROUP)[None])
+    tl.store(returned + h * 2 * C + col, norm)
+    tl.store(returned + h * 2 * C + C + col, error)
+
+
+def decide(
+    record: jax.Array,  # [H, ROWS, C]
+    counts: jax.Array,
+    sound: jax.Array,  # [b] bool
+    meta: jax.Array,
+    n_tiles: int,
+    flags: int,
+    *,
+    group: int,
+    relative_to: str,
+    tolerance: float,
+    pooled: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """A verdict on each head, `[H]` int32 (0 stays, 1 dense, 2 dense as a check of its row failed), and the tiles that
+    dense attention reads, `[H, flags]` int32."""
+    heads, _, columns = record.shape
+    per_row = heads // sound.shape[0]
+    return launch(
+        _decide, record, counts, sound.astype(jnp.int32), meta,
+        out=[jax.ShapeDtypeStruct((heads,), jnp.int32), jax.ShapeDtypeStruct((heads, flags), jnp.int32)],
+        grid=(heads,), HEADS=per_row, UP=triton.next_power_of_2(per_row), GROUP=group, C=columns, FLAGS=flags,
+        NT=n_tiles, RELATIVE_TO=relative_to, TOLERANCE=tolerance, POOLED=pooled,
+    )  # fmt: skip
+
+
+def finish(
+    candidate: jax.Array,  # [H, C, d]
+    record: jax.Array,  # [H, ROWS, C]
+    dense: jax.Array,  # [H] int32
+    found: tuple[jax.Array, jax.Array],  # [H, S, d, C], [H, S, 4, C], of heads that are dense
+    facts: jax.Array,
+    rounding: Rounding,
+    *,
+    group: int,
+    capacity: int,
+) -> tuple[jax.Array, jax.Array]:
+    """What is returned: outputs `[H, group, d]`, and their norm and bound, `[H, 2, C]`."""
+    heads, splits, d, columns = found[0].shape
+    return launch(
+        _finish, candidate, record, dense, *found, facts,
+        out=[
+            jax.ShapeDtypeStruct((heads, group, d), jnp.float32),
+            jax.ShapeDtypeStruct((heads, 2, columns), jnp.float32),
+        ],
+        grid=(heads,), S=splits, S_UP=triton.next_power_of_2(splits),
+        AT_ONCE=min(8, triton.next_power_of_2(splits)), GROUP=group, C=columns, D=d, ROOT=d**0.5,
+        VANISHED=rounding.vanished,
+        SPLIT=rounding.split, DEPTH_GAMMA=rounding.depth_gamma, PER_PROGRAM=rounding.per_program,
+        EXP_RELATIVE_ERROR=num.EXP_RELATIVE_ERROR, N=float(capacity),
+    )  # fmt: skip
