@@ -260,7 +260,7 @@ def test_a_step_corrects_what_the_next_plans_aim_at():
     for t in range(3):
         record = jax.tree.map(lambda x, t=t: x[t], after.telemetry.certificate)
         expected = corrected(expected, POLICY, record)
-    assert (after.cache.aim != 1).all()
+    assert (after.cache.aim != 1).any()  # a layer whose heads gave up has learned nothing
     np.testing.assert_allclose(after.cache.aim, expected.aim, rtol=1e-5)
 
 
