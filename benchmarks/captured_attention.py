@@ -23,7 +23,6 @@ from certjax.attention import certified_layer
 from certjax.bench import attention as bench
 from certjax.bench import report
 from certjax.capture import capture
-from certjax.certificate import Certificate
 from certjax.eval.texts import corpus
 from certjax.fused.aim import corrected
 
@@ -66,7 +65,7 @@ def tiled(bits: np.ndarray, n: int, batch: int) -> jax.Array:
 @functools.partial(jax.jit, donate_argnames="cache")
 def learned(q, cache):
     record = certified_layer(q, cache, jnp.int32(0), POLICY, None)[1]
-    return corrected(cache, POLICY, Certificate.unpacked(record.packed()[None]))
+    return corrected(cache, POLICY, jax.tree.map(lambda x: x[None], record))
 
 
 def main() -> None:

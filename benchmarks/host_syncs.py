@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import gzip
 import json
-import tempfile
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import traces
 from certjax import decode
 from certjax.bench.attention import default_policy
 from certjax.bench.step import LLAMA_3_1_8B
@@ -42,12 +40,7 @@ def calls(mode: str, params, tokens: jax.Array) -> dict[str, int]:
     lengths = jnp.full(1, PROMPT, jnp.int32)
     state = decode.start(*fixed, PROMPT + 256, 2 * STEPS + 2, params, tokens, lengths, jax.random.key(0))
     state = jax.block_until_ready(decode.run(*fixed, params, state, jnp.int32(STEPS)))
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            jax.block_until_ready(decode.run(*fixed, params, state, jnp.int32(2 * STEPS)))
-        (path,) = Path(folder).glob("**/*.trace.json.gz")
-        with gzip.open(path) as file:
-            events = json.load(file)["traceEvents"]
+    events = traces.events(decode.run, *fixed, params, state, jnp.int32(2 * STEPS))
     names = (e.get("name", "").lower() for e in events if e.get("ph") == "X")
     return dict(collections.Counter(name for name in names if any(word in name for word in WAITS)).most_common(12))
 

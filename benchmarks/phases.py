@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import argparse
 import collections
-import glob
-import gzip
 import json
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from benchmarks import traces
 from certjax.attention import certified_layer, common_to_layers
 from certjax.bench import attention as bench
 from certjax.bench import timing, workloads
@@ -129,12 +127,7 @@ def _times(f, *arguments, loops: int = 9) -> np.ndarray:
 
 def _profile(f, *arguments) -> dict:
     """Microseconds and launches a call, by kernel."""
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            jax.block_until_ready(f(*arguments))
-        (path,) = glob.glob(f"{folder}/**/*.trace.json.gz", recursive=True)
-        with gzip.open(path) as file:
-            events = json.load(file)["traceEvents"]
+    events = traces.events(f, *arguments)
     names = {e["pid"]: e["args"]["name"] for e in events if e.get("name") == "process_name"}
     threads = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e.get("name") == "thread_name"}
     found = collections.defaultdict(lambda: [0, 0.0])

@@ -171,13 +171,10 @@ class TieredKVCache:
     def at(self, layer: jax.Array) -> TieredKVCache:
         """View of one layer of a stacked cache. Tier 2 is not sliced here (that would copy a layer of host
         memory); `page_in` adds the layer's index to what it reads."""
-        stacked = (
-            self.codes, self.notes, self.sink_keys, self.sink_values,
-            self.ring_keys, self.ring_values, self.stats, self.aim,
-        )  # fmt: skip
         names = ("codes", "notes", "sink_keys", "sink_values", "ring_keys", "ring_values", "stats", "aim")
+        stacked = {name: getattr(self, name) for name in names}
         leaves = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, layer, 0, keepdims=False), stacked)
-        return self.replace(**dict(zip(names, leaves, strict=True)), layer=layer)
+        return self.replace(**leaves, layer=layer)
 
     def stacked(self) -> TieredKVCache:
         """A one-layer cache as a stack of one."""

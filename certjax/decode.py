@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, Protocol, Self
 
@@ -185,18 +186,27 @@ them where they lie, while what XLA makes of Triton wants them copied first: thr
 Attention that XLA compiles itself is better off with Triton."""
 
 
-def jitted(f: Callable, **options: Any) -> Callable[[Mode, Policy, Any, int], Callable]:
-    """`jax.jit(f, **options)`, for a mode, policy and cache, and a number of query heads, compiled as suits their back
-    end."""
+def jitted(f: Callable, **options: Any) -> Callable:
+    """`jax.jit(f, **options)`, compiled as suits the back end. `f` has arguments `config`, `mode`, `policy`, and a
+    `cache` or a `state` that holds one. What is returned has `program(*arguments)`, the jitted function it calls."""
     plain, in_place = jax.jit(f, **options), jax.jit(f, **options, compiler_options=WEIGHTS_IN_PLACE)
+    signature = inspect.signature(f)
 
-    def choose(mode: Mode, policy: Policy, cache: DenseKVCache | TieredKVCache, n_query_heads: int) -> Callable:
-        in_kernels = mode != "dense" and pick_backend(policy, cache, n_query_heads) == "mosaic_gpu"
+    def program(*arguments: Any) -> Callable:
+        of = signature.bind(*arguments).arguments
+        cache = of["state"].cache if "state" in of else of["cache"]
+        in_kernels = of["mode"] != "dense" and pick_backend(of["policy"], cache, of["config"].n_heads) == "mosaic_gpu"
         return in_place if in_kernels else plain
 
-    return choose
+    @functools.wraps(f)
+    def call(*arguments: Any) -> Any:
+        return program(*arguments)(*arguments)
+
+    call.program = program
+    return call
 
 
+@functools.partial(jitted, static_argnames=("config", "mode", "policy", "sampling"), donate_argnames=("state",))
 def run(
     config: LlamaConfig,
     mode: Mode,
@@ -210,20 +220,6 @@ def run(
 
     One `lax.while_loop`; streaming calls the same program with a growing limit.
     """
-    program = _program(mode, policy, state.cache, config.n_heads)
-    return program(config, mode, policy, sampling, params, state, limit)
-
-
-@functools.partial(jitted, static_argnames=("config", "mode", "policy", "sampling"), donate_argnames=("state",))
-def _program(
-    config: LlamaConfig,
-    mode: Mode,
-    policy: Policy,
-    sampling: Sampling,
-    params: Any,
-    state: DecodeState,
-    limit: jax.Array,
-) -> DecodeState:
 
     def generate(s: DecodeState) -> DecodeState:
         logits, cache, records = step(config, mode, policy, params, s.cache, s.last)

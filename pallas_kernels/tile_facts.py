@@ -15,8 +15,10 @@ SLACK = tl.constexpr(num.NORM_SLACK)
 FLUSHED = tl.constexpr(128**0.5 * 2.0**-63)
 """Norm of the weights of a tile whose squares may have been flushed to zero."""
 
-LARGEST_RHO = tl.constexpr(1024.0)
-"""Above this a tile's rho_v is not used: what vanished of `sum w s` might count."""
+LARGEST_STEP, LARGEST_RHO = tl.constexpr(num.LARGEST_STEP), tl.constexpr(num.LARGEST_RHO)
+
+NOTES = ("kappa", "eta", "nu", "sigma_k", "sigma_v", "rho_k", "rho_v")
+"""Annotations of tiles, as kernels take them one after the other."""
 
 PEAK_STEP = tl.constexpr((1 + 2.0**-20) / 255)
 
@@ -46,10 +48,6 @@ def keyed_sums(stats, row, nu_peak, read, C: tl.constexpr):
     mask = read[:, None]
     keyed = tl.load(of, mask=mask, other=0.0)
     return keyed, tl.load(of + C, mask=mask, other=0.0) * (nu_peak * PEAK_STEP)[:, None]
-
-
-LARGEST_STEP = tl.constexpr(64.0)
-"""Above this `sum w s` is not used for keys: what vanished of it might count."""
 
 
 @triton.jit

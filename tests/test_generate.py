@@ -182,8 +182,8 @@ def test_decode_loop_is_one_while_loop_without_a_host_callback(model):
     tokens = jnp.asarray([PROMPTS[0] + [0] * 56], jnp.int32)  # the bucket of the prompts that are tested alone
     static = (model.config, "certified", BUDGET, Sampling())
     state = decode.start(*static, 512, 16, model.params, tokens, jnp.asarray([200], jnp.int32), jax.random.key(0))
-    program = decode._program("certified", BUDGET, state.cache, model.config.n_heads)
-    traced = program.trace(*static, model.params, state, jnp.int32(1))
+    arguments = (*static, model.params, state, jnp.int32(1))
+    traced = decode.run.program(*arguments).trace(*arguments)
     primitives = [equation.primitive.name for equation in traced.jaxpr.eqns]
     assert primitives.count("while") == 1 and "scan" not in primitives
     lowered = traced.lower().as_text()

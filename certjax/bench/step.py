@@ -14,7 +14,7 @@ from jax import lax
 
 from certjax import decode
 from certjax.bench import timing, workloads
-from certjax.bench.attention import dense, dense_names
+from certjax.bench.attention import dense, time_dense
 from certjax.cache import TieredKVCache
 from certjax.fused.dispatch import pick_backend
 from certjax.models.llama.config import LlamaConfig
@@ -23,7 +23,7 @@ from certjax.policy import Policy
 
 LLAMA_3_1_8B = LlamaConfig(
     vocab_size=128256, d_model=4096, n_layers=32, n_heads=32, n_kv_heads=8, head_dim=128, d_ff=14336,
-    rms_eps=1e-5, context_length=131072, dtype="bfloat16", kv_dtype="bfloat16",
+    rms_eps=1e-5, context_length=131072, dtype="bfloat16",
 )  # fmt: skip
 
 
@@ -53,19 +53,19 @@ def _nothing(q, k, v, cache, layer):
     return q, cache, None
 
 
-@functools.partial(decode.jitted, static_argnames=("config", "policy", "name", "steps"), donate_argnames=("cache",))
-def _many(config: LlamaConfig, policy: Policy, name: str, steps: int, params: Any, cache: TieredKVCache, n: jax.Array):
+@functools.partial(decode.jitted, static_argnames=("config", "mode", "policy", "steps"), donate_argnames=("cache",))
+def _many(config: LlamaConfig, mode: str, policy: Policy, steps: int, params: Any, cache: TieredKVCache, n: jax.Array):
     """Steps that append to the cache. All feed token 0 at position `n`, for whose queries the cache was made; each
     waits for the one before."""
 
     def body(carry, _):
         cache, token = carry
         positions = jnp.full_like(token, n)
-        if name == "without attention":
+        if mode == "without attention":
             logits, cache, record = decode_step(config, params, cache, token, positions, _nothing)
         else:
-            logits, cache, record = decode.step(config, name, policy, params, cache, token, positions)
-        kept = None if record is None else (record.rung, record.bytes_paged_in, record.e_total)
+            logits, cache, record = decode.step(config, mode, policy, params, cache, token, positions)
+        kept = None if record is None else (record.rung, record.bytes_paged_in)
         # 0, of which the compiler knows nothing: every step waits for the logits of the one before.
         token = jnp.isnan(logits).all(-1).astype(jnp.int32)
         return (cache, token), kept
@@ -104,24 +104,22 @@ def _row(config: LlamaConfig, policy: Policy, params, n: int, batch: int, kind: 
         "context": n, "batch": batch, "workload": kind, "layers": config.n_layers,
         "backend": pick_backend(policy, cache, config.n_heads),
     }  # fmt: skip
-    many = _many("certified", policy, cache, config.n_heads)  # all three compiled alike
-    for name in names:
+    for name in names:  # all three compiled alike
         figures = []
         for _ in range(LOOPS):
             began = time.perf_counter()
-            cache, _, kept = jax.block_until_ready(many(config, policy, name, STEPS, params, cache, jnp.int32(n)))
+            cache, _, kept = jax.block_until_ready(_many(config, name, policy, STEPS, params, cache, jnp.int32(n)))
             figures.append((time.perf_counter() - began) * 1e3 / STEPS)
-        row[name] = timing.quantiles(np.sort(figures[1:]))
+        row[name] = timing.quantiles(np.array(figures[1:]))
         if name == "certified":
-            rung, paged, _ = (np.asarray(x) for x in kept)
+            rung, paged = (np.asarray(x) for x in kept)
             row["rungs"] = np.bincount(rung.ravel(), minlength=5).tolist()
             row["paged_in_MB_a_step"] = round(float(paged.sum()) / STEPS / 1e6, 3)
     row["dense attention, all layers"] = round(attention, 3)
     row["dense"] = round(row["without attention"]["p50"] + attention, 3)
     row["certified_over_dense"] = round(row["certified"]["p50"] / row["dense"], 3)
     row["naive_over_dense"] = round(row["naive"]["p50"] / row["dense"], 3)
-    dense_bytes = 2 * config.n_layers * batch * config.n_kv_heads * (n + room) * config.head_dim * 2
-    row["device_bytes_over_dense"] = round((sizes["tier1"] + sizes["windows"]) / dense_bytes, 4)
+    row["device_bytes_over_dense"] = round((sizes["tier1"] + sizes["windows"]) / sizes["tier2"], 4)
     return row
 
 
@@ -130,6 +128,6 @@ def _dense_attention(config: LlamaConfig, n: int, batch: int, seed: int) -> floa
     group = config.n_heads // config.n_kv_heads
     q, k, v = workloads.make("flat", jax.random.key(seed), batch, config.n_kv_heads, group, n, config.head_dim)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    loop = np.median(timing.per_call(lambda q: q, q))
-    ops = [np.median(timing.per_call(functools.partial(dense, implementation=x), q, k, v)) for x in dense_names()]
-    return float(min(ops) - loop) * config.n_layers / 1e3
+    loop = timing.quantiles(timing.per_call(lambda q: q, q))
+    best = min(x["p50"] for x in time_dense(q, k, v, loops=9).values())
+    return (best - loop["p50"]) * config.n_layers / 1e3

@@ -161,7 +161,7 @@ def answer(
     asked = _Asked.answering(len(prefilled.lengths), _room(max_new_tokens - 1))
     state = _open(config, mode.kind, mode.policy, asked, prefilled.cache, prefilled.logits)
     for limit in _limits(max_new_tokens, ASK if enough else STEPS):  # the first token is the prefill's
-        state = _run(config, mode, model.params, state, asked, limit - 1)
+        state = _run(config, mode.kind, mode.policy, model.params, state, asked, jnp.int32(limit - 1))
         ids, ends, done = (np.asarray(x) for x in (state.tokens, state.ends, state.done))
         if all(over or (enough and enough(row[:n].tolist())) for row, n, over in zip(ids, ends, done, strict=True)):
             break
@@ -193,7 +193,9 @@ def score(
     asked = _Asked.scoring(fed, targets, _room(max(counts)))
     state = _open(config, mode.kind, mode.policy, asked, prefilled.cache, prefilled.logits)
     for limit in _limits(max(counts), STEPS):
-        state = jax.block_until_ready(_run(config, mode, model.params, state, asked, limit))
+        state = jax.block_until_ready(
+            _run(config, mode.kind, mode.policy, model.params, state, asked, jnp.int32(limit))
+        )
     nll, greedy = np.asarray(state.nll), np.asarray(state.greedy)
     bounds, certificates = step_bounds(state.tally), summaries(state.tally, config, prefilled.lengths)
     seconds = (time.perf_counter() - began) / len(counts)
@@ -278,13 +280,8 @@ def _open(
     )
 
 
-def _run(config: LlamaConfig, mode: EvalMode, params: Any, state: _State, asked: _Asked, limit: int) -> _State:
-    program = _program(mode.kind, mode.policy, state.cache, config.n_heads)
-    return program(config, mode.kind, mode.policy, params, state, asked, jnp.int32(limit))
-
-
 @functools.partial(decode.jitted, static_argnames=("config", "mode", "policy"), donate_argnames=("state",))
-def _program(
+def _run(
     config: LlamaConfig,
     mode: Mode,
     policy: Policy,

@@ -139,11 +139,13 @@ def read(path: Path) -> Iterator[Record]:
         If a line is no record, or of another schema, or the file cannot be decompressed.
     """
     whole = path.read_bytes()
-    if is_compressed(whole):
-        try:
-            whole = next(of for start, of in _COMPRESSED.items() if whole.startswith(start))(whole)
-        except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
-            raise InvalidArgumentError(f"{path} cannot be decompressed ({error}).") from error
+    for start, decompress in _COMPRESSED.items():
+        if whole.startswith(start):
+            try:
+                whole = decompress(whole)
+            except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
+                raise InvalidArgumentError(f"{path} cannot be decompressed ({error}).") from error
+            break
     for number, line in enumerate(whole.splitlines(keepends=True), 1):
         if not line.endswith(b"\n"):
             return

@@ -95,13 +95,9 @@ def key_terms(sums: TileSums, queries: Queries, layer: Layer, level: int) -> tup
     k0 = jnp.minimum(k0, together)
     step = delta_of(queries, layer.rho_k[..., level])  # Delta_t is at most so many of the token's scale
     growth = step * growth_up(delta)
-    by_scale = jnp.where(step < LARGEST_STEP, growth * sums.keyed_n, jnp.inf)
+    by_scale = jnp.where(step < num.LARGEST_STEP, growth * sums.keyed_n, jnp.inf)
     k1 = jnp.where(by_scale < k0, growth * sums.keyed, k1)
     return jnp.minimum(k0, by_scale), k1
-
-
-LARGEST_STEP = 64.0
-"""Above this `sum w s` is not used for keys: what vanished of it might count."""
 
 
 def growth_up(delta: jax.Array) -> jax.Array:
@@ -115,10 +111,6 @@ def num_expm1(delta: jax.Array) -> jax.Array:
     return jnp.expm1(jnp.minimum(delta, num.MAX_DELTA)) * (1 + 2.0**-18)
 
 
-LARGEST_RHO = 1024.0
-"""Above this a tile's rho is not used: what vanished of `sum w s` might count."""
-
-
 def value_terms(sums: TileSums, layer: Layer, level: int) -> jax.Array:
     """`W` times what a tile adds to E_val with its values at `level`: `[H, NT, G]`.
 
@@ -128,7 +120,7 @@ def value_terms(sums: TileSums, layer: Layer, level: int) -> jax.Array:
     linear = sums.n
     if level != SKIP:
         rho = layer.rho_v[..., level - 1, None]
-        by_scale = jnp.where(rho < LARGEST_RHO, sums.scaled * rho, jnp.inf)
+        by_scale = jnp.where(rho < num.LARGEST_RHO, sums.scaled * rho, jnp.inf)
         linear = jnp.minimum(sums.a * layer.eta_peak[..., level - 1, None], by_scale)
     return jnp.minimum(linear, layer.sigma_v[..., level, None] * sums.norm)
 

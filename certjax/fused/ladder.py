@@ -30,11 +30,6 @@ def allotted(policy: Policy, norm: jax.Array, e_total: jax.Array) -> jax.Array:
     return jnp.where(usable, layer * shares, jnp.where(rms == 0, layer, 0.0))
 
 
-def _unit(x: jax.Array) -> jax.Array:
-    """Of a row `[b, Hkv, G]`: what to divide by so that no square overflows or vanishes."""
-    return jnp.clip(x.max((1, 2), keepdims=True), 2.0**-100, 2.0**100)
-
-
 def _root_mean_square(x: jax.Array) -> jax.Array:
     """Over a row, of numbers whose squares may overflow or vanish, in one pass."""
     far = 2.0**80
@@ -60,7 +55,8 @@ def heads_to_give_up(policy: Policy, norm: jax.Array, e_total: jax.Array, gone: 
     own = jnp.where(gone[..., None], jnp.inf, no_nan(e_total))
     if policy.relative_to != "layer":
         return gone | (~(own <= allotted(policy, norm, own))).any(-1)
-    unit = _unit(norm)
+    # In units of the longest output, so that no square overflows or vanishes.
+    unit = jnp.clip(norm.max((1, 2), keepdims=True), 2.0**-100, 2.0**100)
     own, norm = own / unit, norm / unit
     worst = own.max(-1)  # [b, Hkv]
     place = jnp.arange(worst.shape[-1])

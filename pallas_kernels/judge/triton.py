@@ -12,8 +12,8 @@ from pallas_kernels import numerics as num
 from pallas_kernels.device_math import MAX_DELTA, exp_down, exp_up, expm1_up, least, most, no_nan, product, rounded
 from pallas_kernels.judge.record import ROWS, Rounding, length
 from pallas_kernels.launch import launch
-from pallas_kernels.plan.triton import NOTES
 from pallas_kernels.tile_facts import (
+    NOTES,
     SLACK,
     add_originals,
     folded,

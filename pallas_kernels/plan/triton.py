@@ -16,7 +16,15 @@ import triton.language as tl
 
 from pallas_kernels.device_math import exp_down, expm1_up, least, most, no_nan, product, rounded
 from pallas_kernels.launch import launch
-from pallas_kernels.tile_facts import add_originals, key_terms, keyed_sums, linear_value_terms, number, tile_sums
+from pallas_kernels.tile_facts import (
+    NOTES,
+    add_originals,
+    key_terms,
+    keyed_sums,
+    linear_value_terms,
+    number,
+    tile_sums,
+)
 
 PRICES, STEPS = tl.constexpr(64), tl.constexpr(4)
 """Candidates for the price of reading a tile at its finest, in shares of a layer's tolerance: so many, so many to a
@@ -28,7 +36,6 @@ as a share of the first, of what scores may hide. Of the windows: sum of w, larg
 the centre, its square, its product with the centre, the centre's square."""
 
 COUNTS = tl.constexpr(5)
-NOTES = ("kappa", "eta", "nu", "sigma_k", "sigma_v", "rho_k", "rho_v")
 CHUNK = 128
 """Tiles that a program of `_offer` looks at."""
 

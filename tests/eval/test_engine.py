@@ -178,11 +178,14 @@ def test_modes_leave_the_prefilled_cache_to_the_next(model, prefilled):
 def test_what_a_mode_does_at_a_context_is_one_program(model, prefilled):
     mode = parse_mode("naive:codec=int8_int8")
     scored(model, mode, prefilled)
-    programs = engine._program("dense", None, None, 0)._cache_size(), engine._open._cache_size()
+    asked = engine._Asked.answering(len(prefilled.lengths), engine.ROOM)
+    state = engine._open(model.config, mode.kind, mode.policy, asked, prefilled.cache, prefilled.logits)
+    run = engine._run.program(model.config, mode.kind, mode.policy, model.params, state, asked, 0)
+    programs = run._cache_size(), engine._open._cache_size()
     for new in (1, NEW, 40):
         engine.answer(model, mode, prefilled, new)
     scored(model, mode, prefilled, steps=5)
-    assert programs == (engine._program("dense", None, None, 0)._cache_size(), engine._open._cache_size())
+    assert programs == (run._cache_size(), engine._open._cache_size())
 
 
 def test_answer_ends_with_the_end_of_sequence_token(model, prefilled):
