@@ -8,7 +8,6 @@ time.
 from __future__ import annotations
 
 import argparse
-import collections
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -112,7 +111,7 @@ def rows(n: int, batch: int, kinds: list[str], build, certified):
             "tiles_skipped": float(certificate.n_value_skipped.mean()),
             "tiles_finest": float(certificate.n_key_refined.mean()),
             "tiles_promoted": float(certificate.k_star.mean()),
-            "profile": _profile(certified, *arguments),
+            "profile": traces.by_kernel(traces.events(certified, *arguments), CALLS),
         }  # fmt: skip
 
 
@@ -123,29 +122,6 @@ def _times(f, *arguments, loops: int = 9) -> np.ndarray:
         jax.block_until_ready(f(*arguments))
         figures.append((time.perf_counter() - began) * 1e6 / CALLS)
     return np.sort(figures)
-
-
-def _profile(f, *arguments) -> dict:
-    """Microseconds and launches a call, by kernel."""
-    events = traces.events(f, *arguments)
-    names = {e["pid"]: e["args"]["name"] for e in events if e.get("name") == "process_name"}
-    threads = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e.get("name") == "thread_name"}
-    found = collections.defaultdict(lambda: [0, 0.0])
-    first, last = float("inf"), 0.0
-    for e in events:
-        on_device = "GPU" in names.get(e.get("pid"), "") and "Stream" in threads.get((e.get("pid"), e.get("tid")), "")
-        if e.get("ph") == "X" and on_device:
-            entry = found[e["name"]]
-            entry[0] += 1
-            entry[1] += e["dur"]
-            first, last = min(first, e["ts"]), max(last, e["ts"] + e["dur"])
-    ranked = sorted(found.items(), key=lambda x: -x[1][1])
-    return {
-        "span_us": round((last - first) / CALLS, 2),
-        "busy_us": round(sum(us for _, (_, us) in ranked) / CALLS, 2),
-        "kernels": sum(count for _, (count, _) in ranked) / CALLS,
-        "by_kernel": {name: (count / CALLS, round(us / CALLS, 2)) for name, (count, us) in ranked},
-    }
 
 
 if __name__ == "__main__":

@@ -180,7 +180,7 @@ def step(
     return logits, cache, certificate
 
 
-WEIGHTS_IN_PLACE = {"xla_gpu_enable_triton_gemm": False}
+WEIGHTS_IN_PLACE = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
 """Options of XLA for programs whose attention is in kernels. A layer's weights are a slice of all layers'; cuBLAS reads
 them where they lie, while what XLA makes of Triton wants them copied first: three times the bytes (docs/kernels.md).
 Attention that XLA compiles itself is better off with Triton."""

@@ -115,8 +115,23 @@ def _dot(config: LlamaConfig, x: jax.Array, w: jax.Array, axis: int, dtype: Any 
     """Contract the last axis of `x` with `axis` of the matrix `w`, which is read as it lies."""
     # On GPUs a float32 product defaults to TF32, whose 10 bits would drown what the certificates speak of.
     precision = lax.Precision.HIGHEST if config.dtype == "float32" else lax.Precision.DEFAULT
-    contract = (((x.ndim - 1,), (axis,)), ((), ()))
-    return lax.dot_general(x, w, contract, precision=precision, preferred_element_type=dtype)
+
+    def dot(x, w):
+        contract = (((x.ndim - 1,), (axis,)), ((), ()))
+        return lax.dot_general(x, w, contract, precision=precision, preferred_element_type=dtype)
+
+    def dot_of_rows(x, w):
+        rows = jnp.pad(x.reshape(1, x.shape[-1]), ((0, ROWS - 1), (0, 0)))
+        return dot(rows, w)[:1].reshape(*x.shape[:-1], -1)
+
+    if x.size != x.shape[-1]:
+        return dot(x, w)
+    return lax.platform_dependent(x, w, cuda=dot_of_rows, default=dot)
+
+
+ROWS = 8
+"""Of a product with a single row on a GPU. XLA would multiply and add up a vector's products one by one, for which it
+writes them to memory, or turns the whole matrix into float32 (docs/kernels.md); 8 rows take the matrix unit as long."""
 
 
 class Linear(nn.Module):
