@@ -22,6 +22,7 @@ from certjax.attention import certified_layer, common_to_layers
 from certjax.bench import attention as bench
 from certjax.bench import timing, workloads
 from certjax.certificate import Certificate
+from certjax.programs import accepted
 
 CALLS = 20
 
@@ -83,7 +84,7 @@ def compiled(batch: int, n: int):
     host = [at(x, "pinned_host", _memory_space=jax.memory.Space.Host) for x in (cache.host_keys, cache.host_values)]
     cache = jax.tree.map(at, cache).replace(host_keys=host[0], host_values=host[1])
     q = at(jax.ShapeDtypeStruct((batch, heads * group, d), jnp.float32))
-    return build.compile(), jax.jit(many).lower(q, cache, common).compile()
+    return build.compile(), jax.jit(many, compiler_options=accepted()).lower(q, cache, common).compile()
 
 
 def rows(n: int, batch: int, kinds: list[str], build, certified):

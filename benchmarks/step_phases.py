@@ -36,7 +36,8 @@ def main() -> None:
         for mode in args.modes.split(","):
             row = {"context": n, "mode": mode, **profile(params, n, mode)}
             payload["rows"].append(row)
-            print(f"{mode} at {n}: {row['span_us']} us a step, {row['busy_us']} busy, {row['kernels']} kernels")
+            print(f"{mode} at {n}: {row['ms']} ms a step, of which the profile has {row['span_us']} us, "
+                  f"{row['busy_us']} busy, {row['kernels']} kernels")  # fmt: skip
             for name, (count, us) in list(row["by_kernel"].items())[:SHOWN]:
                 print(f"  {us:9.2f} us  {count:7.2f} x {name[:110]}")
             print(f"  the host: {row['host_waits']}", flush=True)
@@ -46,15 +47,15 @@ def main() -> None:
 
 
 def profile(params, n: int, mode: str) -> dict:
-    """Of `step.STEPS` steps at a context, after as many that are not recorded."""
+    """Of `step.STEPS` steps at a context, after those that are timed."""
     if mode == "dense":
         cache = step.dense_cache(CONFIG, n, 1)
     else:
         cache = step.tiered_cache(CONFIG, POLICY, "concentrated", params, n, 1, jax.random.key(1))
     arguments = CONFIG, mode, POLICY, step.STEPS, params
-    cache, _, _ = jax.block_until_ready(step.many(*arguments, cache, jnp.int32(n)))
+    times, cache, _ = step.timed(CONFIG, mode, POLICY, params, cache, n)
     found = traces.events(step.many, *arguments, cache, jnp.int32(n))
-    return {**traces.by_kernel(found, step.STEPS), "host_waits": traces.host_waits(found, step.STEPS)}
+    return {"ms": times, **traces.by_kernel(found, step.STEPS), "host_waits": traces.host_waits(found, step.STEPS)}
 
 
 if __name__ == "__main__":

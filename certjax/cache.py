@@ -245,6 +245,13 @@ class TieredKVCache:
             cache = cache._write_row(row, k[row], v[row], at)
         return cache
 
+    def write_originals(self, k: jax.Array, v: jax.Array, layer: jax.Array) -> TieredKVCache:
+        """As `write`, in tier 2 alone: the windows hold the token already."""
+        cache = self
+        for row in range(self.length.shape[0]):
+            cache = cache._write_originals(row, k[row], v[row], (layer,))
+        return cache
+
     def _write_row(self, row: int, k: jax.Array, v: jax.Array, at: tuple) -> TieredKVCache:
         size, pos = self.block_size, self.length[row]
         room = pos < self.capacity
@@ -271,14 +278,19 @@ class TieredKVCache:
                 token = jnp.where(pos < sink.shape[-2], num.cast(token[:, None], sink.dtype), old)
                 new[name] = _put(sink, token, (*at, row), 1, there)
 
-        if self.host_keys is not None:
-            there = jnp.minimum(pos, self.capacity - 1)
-            for name, token in (("host_keys", k), ("host_values", v)):
-                tier2 = getattr(self, name)
-                token = num.cast(token, tier2.dtype)[:, None]
-                if host.in_host_memory(tier2):
-                    token = jax.device_put(token, host.Space.Host)
-                new[name] = _put(tier2, token, (*at, row), 1, there)
+        return self.replace(**new)._write_originals(row, k, v, at)
+
+    def _write_originals(self, row: int, k: jax.Array, v: jax.Array, at: tuple) -> TieredKVCache:
+        """The part of `_write_row` that concerns tier 2."""
+        if self.host_keys is None:
+            return self
+        there, new = jnp.minimum(self.length[row], self.capacity - 1), {}
+        for name, token in (("host_keys", k), ("host_values", v)):
+            tier2 = getattr(self, name)
+            token = num.cast(token, tier2.dtype)[:, None]
+            if host.in_host_memory(tier2):
+                token = jax.device_put(token, host.Space.Host)
+            new[name] = _put(tier2, token, (*at, row), 1, there)
         return self.replace(**new)
 
     def _write_rows(self, k: jax.Array, v: jax.Array, at: tuple) -> TieredKVCache:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Callable
 from typing import Any, Protocol, Self
 
 import jax
@@ -23,6 +21,7 @@ from certjax.models.llama.modeling import decode_step
 from certjax.plugs import Mode, make_cache, make_plug
 from certjax.policy import Policy
 from certjax.prefill import prefill
+from certjax.programs import jitted
 from certjax.sampling import Sampling, sample
 
 
@@ -178,32 +177,6 @@ def step(
         if policy.scrub:
             cache = scrubbed(cache, policy.scrub)
     return logits, cache, certificate
-
-
-WEIGHTS_IN_PLACE = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
-"""Options of XLA for programs whose attention is in kernels. A layer's weights are a slice of all layers'; cuBLAS reads
-them where they lie, while what XLA makes of Triton wants them copied first: three times the bytes (docs/kernels.md).
-Attention that XLA compiles itself is better off with Triton."""
-
-
-def jitted(f: Callable, **options: Any) -> Callable:
-    """`jax.jit(f, **options)`, compiled as suits the back end. `f` has arguments `config`, `mode`, `policy`, and a
-    `cache` or a `state` that holds one. What is returned has `program(*arguments)`, the jitted function it calls."""
-    plain, in_place = jax.jit(f, **options), jax.jit(f, **options, compiler_options=WEIGHTS_IN_PLACE)
-    signature = inspect.signature(f)
-
-    def program(*arguments: Any) -> Callable:
-        of = signature.bind(*arguments).arguments
-        cache = of["state"].cache if "state" in of else of["cache"]
-        in_kernels = of["mode"] != "dense" and pick_backend(of["policy"], cache, of["config"].n_heads) == "mosaic_gpu"
-        return in_place if in_kernels else plain
-
-    @functools.wraps(f)
-    def call(*arguments: Any) -> Any:
-        return program(*arguments)(*arguments)
-
-    call.program = program
-    return call
 
 
 @functools.partial(jitted, static_argnames=("config", "mode", "policy", "sampling"), donate_argnames=("state",))

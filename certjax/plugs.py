@@ -18,6 +18,7 @@ from certjax.attention import certified_layer, common_to_layers, naive_layer
 from certjax.cache import TieredKVCache
 from certjax.dense_cache import DenseKVCache
 from certjax.errors import InvalidArgumentError
+from certjax.fused.append import append
 from certjax.fused.operands import Shared
 from certjax.policy import Policy
 from pallas_kernels.dense.reference import dense_reference
@@ -65,11 +66,11 @@ def _dense(q, k, v, cache: DenseKVCache, layer):
 
 
 def _naive(q, k, v, cache: TieredKVCache, layer, *, policy: Policy, common: Shared | None):
-    cache = cache.write(k[:, 0], v[:, 0], layer)
+    cache = append(cache, k[:, 0], v[:, 0], layer, policy, q.shape[2])
     return naive_layer(q[:, 0], cache.counting(), layer, policy, common)[:, None], cache, None
 
 
 def _certified(q, k, v, cache: TieredKVCache, layer, *, policy: Policy, common: Shared | None):
-    cache = cache.write(k[:, 0], v[:, 0], layer)
+    cache = append(cache, k[:, 0], v[:, 0], layer, policy, q.shape[2])
     out, certificate = certified_layer(q[:, 0], cache.counting(), layer, policy, common)
     return out[:, None], cache, certificate.packed()

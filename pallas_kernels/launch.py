@@ -23,16 +23,20 @@ TARGET = "__gpu$xla.gpu.triton"
 TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "int32": "*i32", "int8": "*i8"}
 
 
-def launch(kernel: Any, *arrays: jax.Array, out: Any, grid: tuple[int, ...], warps: int = 4, **constants: Any):
-    """Run `kernel(*arrays, *out, **constants)` on a grid. `out`: a `ShapeDtypeStruct`, or a sequence of them."""
+def launch(
+    kernel: Any, *arrays: jax.Array, out: Any, grid: tuple[int, ...], warps: int = 4,
+    in_place: dict[int, int] | None = None, **constants: Any,
+):  # fmt: skip
+    """Run `kernel(*arrays, *out, **constants)` on a grid. `out`: a `ShapeDtypeStruct`, or a sequence of them;
+    `in_place`: which of the arrays are which of the outputs, in the same memory."""
     import triton
 
     if triton.knobs.runtime.interpret:
-        run = functools.partial(_interpret, kernel, out=out, grid=grid, constants=constants)
+        run = functools.partial(_interpret, kernel, out=out, grid=grid, in_place=in_place or {}, constants=constants)
         return jax.pure_callback(run, out, *arrays)
     pointers = tuple(TYPES[str(x.dtype)] for x in (*arrays, *(out if isinstance(out, (list, tuple)) else [out])))
     x, y, z = (np.int32(n) for n in (*grid, 1, 1)[:3])
-    return jax.ffi.ffi_call(TARGET, out)(
+    return jax.ffi.ffi_call(TARGET, out, input_output_aliases=in_place)(
         *arrays, name=kernel.__name__, ir=_translated(kernel, pointers, tuple(constants.items()), warps), debug=False,
         num_stages=np.int32(3), num_warps=np.int32(warps), grid_x=x, grid_y=y, grid_z=z,
     )  # fmt: skip
@@ -62,9 +66,11 @@ def _translated(kernel, pointers: tuple[str, ...], constants: tuple[tuple[str, A
     return backend.make_ttir(module, {}, options, CAPABILITY).str_nodebug()
 
 
-def _interpret(kernel, *arrays, out, grid, constants):
+def _interpret(kernel, *arrays, out, grid, in_place, constants):
     several = isinstance(out, (list, tuple))
     results = [_Tensor(np.full(x.shape, 77, x.dtype)) for x in (out if several else [out])]
+    for i, o in in_place.items():
+        results[o].array[...] = arrays[i]
     kernel[grid](*(_Tensor(np.array(x)) for x in arrays), *results, **constants)
     found = [x.array for x in results]
     return found if several else found[0]

@@ -6,16 +6,16 @@ they are the `C = 2 G` columns of a matrix instruction (`pallas_kernels/query.py
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.levels import CHUNK, TILE
 from pallas_kernels.query import PARTS, row_of_flags, together
-
-TILE = 128
-"""Tokens of a block that the kernels read."""
 
 PARAMS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
 
@@ -136,24 +136,55 @@ def rows_of_flags(chosen: jax.Array) -> jax.Array:
     return jnp.pad(chosen, ((0, 0), (0, length - chosen.shape[1]))).reshape(chosen.shape[0], -1, width)
 
 
-def list_chosen(flags, level: int, order, split: jax.Array, splits: int) -> jax.Array:
-    """Write the tiles of a program that are flagged with `level` to `order`; returns how many. `flags`: [r, w] int32.
+def list_chosen(flags, chosen: Callable, order, split: jax.Array, splits: int) -> jax.Array:
+    """Write the tiles of a program whose number is `chosen` to `order`; returns how many. `flags`: [r, w] int32.
 
     Program `split` of `splits` looks at tiles `split`, `split + splits` ...: what lies together is shared out.
     """
-    rows, width = flags.shape
-    n = rows * width
 
     def visit(i, count):
         tile = split + i * splits
-        chosen = flags[tile // width, tile % width] == level
+        here = chosen(flag_of(flags, tile))
 
-        @pl.when(chosen)
+        @pl.when(here)
         def _():
             order[count] = tile
 
-        return count + jnp.where(chosen, jnp.int32(1), jnp.int32(0))
+        return count + jnp.where(here, jnp.int32(1), jnp.int32(0))
 
+    n = flags.shape[0] * flags.shape[1]
     count = lax.fori_loop(0, (n - split + splits - 1) // splits, visit, jnp.int32(0))
     plgpu.commit_smem()  # every thread has written before any reads
     return count
+
+
+def list_in_chunks(flags, summary, here: Callable, chosen: Callable, order, split: jax.Array, splits: int) -> jax.Array:
+    """`list_chosen` that passes over chunks whose `summary` is not `here`."""
+    n = flags.shape[0] * flags.shape[1]
+
+    def look_at(chunk, count):
+        start = chunk * CHUNK
+        first = start + lax.rem(split + (splits - lax.rem(start, splits)), splits)
+        visits = (jnp.minimum(start + CHUNK, n) - first + splits - 1) // splits
+
+        def visit(i, count):
+            tile = first + i * splits
+            taken = chosen(flag_of(flags, tile))
+
+            @pl.when(taken)
+            def _():
+                order[count] = tile
+
+            return count + jnp.where(taken, jnp.int32(1), jnp.int32(0))
+
+        return lax.fori_loop(0, jnp.where(here(summary[chunk]), visits, 0), visit, count)
+
+    count = lax.fori_loop(0, -(-n // CHUNK), look_at, jnp.int32(0))
+    plgpu.commit_smem()
+    return count
+
+
+def flag_of(flags, tile: jax.Array) -> jax.Array:
+    """A tile's number in `rows_of_flags`."""
+    width = flags.shape[1]
+    return flags[tile // width, tile % width]

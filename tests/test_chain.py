@@ -17,10 +17,12 @@ import pytest
 from certjax import Policy, TieredKVCache
 from certjax.certificate import Certificate
 from certjax.fused import operands as ops
+from certjax.fused.append import in_a_kernel
 from certjax.fused.attention import fused_attention
 from certjax.fused.chain import chained_attention
 from certjax.fused.ladder import heads_to_give_up
 from pallas_kernels import dispatch
+from pallas_kernels import levels as lv
 from pallas_kernels import query as qr
 from tests.oracle import f64
 
@@ -62,15 +64,15 @@ def problem(d: int):
 
 
 def step(attend, q, cache, policy, sound=(True, True), seen=None):
-    """Output and certificate; the levels and counts of the second pass go to the list `seen`."""
+    """Output and certificate; what the second pass is to read, and its counts, go to the list `seen`."""
     plain = kernels = dispatch.mosaic_kernels(B * H) if ON_GPU else dispatch.reference_kernels()
 
-    def second_pass(layer, meta, levels, counts, *rest):
-        jax.debug.callback(lambda *x: seen.append(tuple(map(np.asarray, x))), levels, counts)
-        return plain.attend(layer, meta, levels, counts, *rest)
+    def fine(layer, words, counts, *rest):
+        jax.debug.callback(lambda *x: seen.append(tuple(map(np.asarray, x))), words, counts)
+        return plain.fine(layer, words, counts, *rest)
 
     if seen is not None:
-        kernels = dataclasses.replace(kernels, attend=second_pass)
+        kernels = dataclasses.replace(kernels, fine=fine)
     run = jax.jit(lambda q, cache: attend(q, cache, jnp.int32(1), policy, kernels, jnp.array(sound)))
     out, certificate = run(q, cache)
     return f64(out), jax.tree.map(lambda x: np.asarray(x, np.float64), certificate)
@@ -93,8 +95,10 @@ def test_chain_returns_what_its_twins_return(d, name):
     (out, got), (want_out, want) = (step(f, q, cache, policy, seen=seen) for f in (chained_attention, fused_attention))
     assert (np.linalg.norm(out - exact(q, cache), axis=-1) <= got.e_total).all()
     jax.effects_barrier()
-    for levels, counts in seen:  # what is read and what is judged go by either
-        np.testing.assert_array_equal(counts[:, 1:4], np.stack([(levels == i).sum(1) for i in (1, 2, 3)], 1))
+    for words, counts in seen:  # what is read and what is judged go by either
+        level = lv.level_of(words)
+        np.testing.assert_array_equal(counts[:, 1:4], np.stack([(level == i).sum(1) for i in (1, 2, 3)], 1))
+        assert (np.asarray(lv.pieces_of(words) > 0) == (level == lv.PROMOTED)).all()
     assert len(seen) == 2
     expected = {"dense": {3}, "promoting": {2}}.get(name, {0, 2})
     assert set(got.rung.ravel()) <= expected
@@ -127,6 +131,17 @@ def test_queries_are_prepared_to_the_bit():
         np.testing.assert_allclose(qr.distinct(facts[:, i], 1), getattr(want, name), rtol=1e-5, err_msg=name)
 
 
+def test_append_in_a_kernel_is_write():
+    """Into a block that is open, into one that it opens, while the sink is being filled, and beyond the end."""
+    cache, _ = problem(64)
+    k, v = jax.random.normal(jax.random.key(5), (2, B, H, 64))
+    for lengths in ([1535, 1152], [1280, 77], [1536, 128]):
+        before = cache.replace(length=jnp.array(lengths))
+        want = jax.jit(lambda c, k, v: c.write(k, v, jnp.int32(1)))(before, k, v)
+        got = jax.jit(lambda c, k, v: in_a_kernel(c, k, v, jnp.int32(1)))(before, k, v)
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
 def test_a_row_that_failed_is_dense():
     cache, q = problem(64)
     out, certificate = step(chained_attention, q, cache, Policy.budget(0.3, block_size=128), sound=(True, False))
@@ -153,7 +168,7 @@ for d in GROUPS:
     environment = os.environ | {"TRITON_INTERPRET": "0", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == ["8", "3"] * len(GROUPS), done.stdout
+    assert done.stdout.split() == ["8", "4"] * len(GROUPS), done.stdout
 
 
 @pytest.mark.parametrize("attend", [chained_attention, fused_attention])

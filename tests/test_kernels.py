@@ -11,10 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from certjax import Policy, TieredKVCache
+from certjax import Policy, TieredKVCache, decode, programs
 from certjax.fused import operands as ops
 from certjax.fused.attention import fused_attention
+from certjax.models.llama.config import LlamaConfig
+from certjax.models.llama.modeling import init_params
+from certjax.sampling import Sampling
 from pallas_kernels import dispatch
+from pallas_kernels import levels as lv
 from pallas_kernels import query as qr
 from tests.oracle import f64
 
@@ -43,22 +47,26 @@ def operands(d: int):
 
 
 def calls(d: int):
-    """Arguments of each kernel; the tiles it scans, and the levels they are attended to."""
+    """Arguments of each kernel; the tiles it scans, and how much of them is attended to."""
     _, x, q, _ = operands(d)
     chosen = (jax.random.uniform(jax.random.key(1), x.active.shape) < 0.6) & x.active
     flags = chosen.astype(jnp.int32)
     levels = flags * jax.random.randint(jax.random.key(2), flags.shape, 1, 4)
+    some = jnp.array([1, 8, 6, lv.every_piece(d) - 2, lv.every_piece(d)])
+    pieces = jax.random.choice(jax.random.key(3), some, flags.shape)
+    words = lv.word(levels, jnp.where(levels == lv.PROMOTED, pieces, 0)).astype(jnp.int32)
+    counts = lv.counts_of(words, x.active, jnp.zeros(len(words), bool))
     scan = (x.index, x.meta, q.kernel, x.keys, x.key_scale, x.value_scale, x.nu, x.live, x.windows)
     weights = dispatch.reference_kernels().scan(*scan)[1]
     return {
         "scan": scan,
-        "attend": (
-            x.index, x.meta, levels, jnp.stack([(levels == i).sum(1) for i in range(5)], 1).astype(jnp.int32), weights,
-            q.kernel, x.keys, x.keys_low, x.key_scale, x.values, x.values_low, x.value_scale, x.nu, x.host_keys,
-            x.host_values,
+        "coarse": (x.index, words, weights, x.values),
+        "fine": (
+            x.index, words, counts, lv.summary_of(words, d), q.kernel, x.keys, x.keys_low, x.key_scale, x.values,
+            x.values_low, x.value_scale, x.nu, x.host_keys, x.host_values,
         ),
         "originals": (x.index, x.meta, flags, flags.max(1), q.kernel, x.host_keys, x.host_values),
-    }, np.asarray(x.active), np.asarray(levels)  # fmt: skip
+    }, np.asarray(x.active), np.asarray(words)  # fmt: skip
 
 
 def weights_in_float64(q, k, reference, d):
@@ -123,22 +131,32 @@ def test_scan_sums_weights_of_coarse_keys(d):
 
 
 @EVERY
-def test_attend_sums_values_at_their_level(d):
+def test_second_pass_sums_values_at_their_level(d):
     cache, x, q, plain = operands(d)
-    arguments, _, levels = calls(d)
-    acc, stats, *_ = dispatch.reference_kernels(3).attend(*arguments["attend"])
-    assert acc.shape[1] == 3 and {1, 2, 3} <= set(levels.ravel())
+    arguments, _, words = calls(d)
+    kernels = dispatch.reference_kernels(3)
+    coarse = kernels.coarse(*arguments["coarse"])
+    fine, stats, host, host_sums = kernels.fine(*arguments["fine"])
+    assert coarse.shape[1] == fine.shape[1] == 3 and {1, 2, 3} <= set(lv.level_of(words).ravel())
     codes = jax.tree.map(lambda a: a[1], cache.codes)
-    want, offset, per_token = 0.0, 0.0, np.repeat(levels, 128, axis=1)[..., None]
-    for level, less in ((1, 2.0), (2, 2.5)):
-        w = expected_weights(d, level - 1, q, x, cache, plain) * (per_token == level)
-        want += np.einsum("hnc,hnd->hdc", w, f64(cache.codec.values(codes, level - 1)).reshape(B * H, N, d))
-        offset += less * (w * f64(x.value_scale[1])[..., None]).sum(1)[:, None]
-    group = GROUPS[d]
-    got = f64(acc.sum(1))[..., :group] + offset
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-3 * np.abs(want).max())
+    level, group = np.repeat(lv.level_of(words), 128, axis=1)[..., None], GROUPS[d]
+    original = np.repeat(np.asarray(lv.promoted_pieces(words, d)), lv.tokens_of_a_piece(d), axis=2).reshape(B * H, N, 1)
+    assert 0 < original.sum() < (level == 3).sum()
+    for got, plane, less, read in ((coarse, 0, 2.0, level == 1), (fine, 1, 2.5, (level >= 2) & ~original)):
+        w = expected_weights(d, plane, q, x, cache, plain) * read
+        want = np.einsum("hnc,hnd->hdc", w, f64(cache.codec.values(codes, plane)).reshape(B * H, N, d))
+        offset = less * (w * f64(x.value_scale[1])[..., None]).sum(1)[:, None]
+        got = f64(got.sum(1))[..., :group] + offset
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-3 * np.abs(want).max())
     w = w.reshape(B * H, -1, 128, group).sum(2)
     np.testing.assert_allclose(stats[:, :, 0, :group], w, rtol=2e-5, atol=1e-6 * w.max())
+    k, v = (f64(a[1]).reshape(B * H, N, d) for a in (x.host_keys, x.host_values))
+    w = weights_in_float64(plain.reshape(B * H, -1, d), k, f64(q.reference)[:, :group], d) * original
+    scale = np.exp2(np.maximum(f64(host_sums)[:, :, 3, :group], -1e4))
+    want = np.einsum("hnc,hnd->hdc", w, v)
+    got = (f64(host)[..., :group] * scale[:, :, None]).sum(1)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-3 * np.abs(want).max())
+    np.testing.assert_allclose((f64(host_sums)[:, :, 0, :group] * scale).sum(1), w.sum(1), rtol=1e-3)
 
 
 @EVERY
@@ -172,7 +190,7 @@ def test_kernels_lower_for_cuda_without_a_gpu(d):
 
     lowered = step.trace(q, shapes).lower(lowering_platforms=("cuda",))
     calls = re.findall(r"custom_call @(\w*mosaic_gpu\w*)", lowered.as_text())
-    assert len(calls) == 3  # scan, second pass, dense heads
+    assert len(calls) == 4  # scan, both parts of the second pass, dense heads
 
 
 def interpreted():
@@ -181,7 +199,7 @@ def interpreted():
     return mosaic.InterpretGPUParams(detect_races=True)
 
 
-KERNELS = pytest.mark.parametrize("name", ["scan", "attend", "originals"])
+KERNELS = pytest.mark.parametrize("name", ["scan", "coarse", "fine", "originals"])
 SLOTS = 256
 """KV heads for which a head has one program: it reads nine tiles, more than there are slots for."""
 
@@ -209,7 +227,7 @@ def test_kernel_equals_its_twin(d, name, heads):
 
 def check_against_twin(d, name, kernel):
     """Returns what the kernel did, less what may be anything."""
-    arguments, active, levels = calls(d)
+    arguments, active, words = calls(d)
     # The interpreter takes nothing from host memory.
     here = arguments[name] if jax.default_backend() == "gpu" else jax.tree.map(np.asarray, arguments[name])
     results = jax.jit(kernel)(*here), getattr(dispatch.reference_kernels(), name)(*arguments[name])
@@ -221,11 +239,14 @@ def check_against_twin(d, name, kernel):
             stats = np.asarray(stats)
             acc, sums = windows
             return [np.asarray(x) for x in (stats[active], qr.folded(halves)[active], qr.folded(acc), sums)]
-        if name == "attend":
+        if name == "coarse":
+            return [np.asarray(qr.folded(result.sum(1)))]
+        if name == "fine":
             acc, stats, *host = result
-            promoted = (levels == 3).any(1)
+            level = np.asarray(lv.level_of_rest(words, d))
+            promoted, some = (lv.level_of(words) == 3).any(1), (lv.level_of(words) >= 2).any(1)
             return [
-                np.asarray(qr.folded(acc.sum(1))), np.asarray(stats)[levels == 2],
+                np.asarray(qr.folded(acc.sum(1)))[some], np.asarray(stats)[level == 2],
                 ops_joined(*(np.asarray(x)[promoted] for x in host)),
             ]  # fmt: skip
         return [ops_joined(*result)]
@@ -238,6 +259,31 @@ def check_against_twin(d, name, kernel):
 
 
 def ops_joined(acc, sums):
-    """`sum w v` in units of the largest weight."""
+    """`sum w v` in units of the largest weight. A part that read nothing says so by a total of 0."""
+    acc = np.where((f64(sums)[:, :, 0] != 0)[:, :, None], f64(acc), 0.0)
     scale = np.exp2(f64(sums)[:, :, 3] - f64(sums)[:, :, 3].max(1, keepdims=True))
     return qr.folded((f64(acc) * scale[:, :, None]).sum(1))
+
+
+@pytest.mark.gpu
+def test_kernels_that_run_at_once_change_no_bit():
+    """Steps of a small model, a block completed on the way: with loops and conditionals left to the device, and kernels
+    run at once that do not need each other, against the same programs one kernel after the other."""
+    config = LlamaConfig(
+        vocab_size=256, d_model=512, n_layers=3, n_heads=8, n_kv_heads=2, head_dim=128, d_ff=512, rms_eps=1e-5,
+        context_length=4096, dtype="bfloat16",
+    )  # fmt: skip
+    params = init_params(config, jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (2, 1536), 0, 256)
+    fixed = config, "certified", POLICY, Sampling()
+    names = ("config", "mode", "policy", "sampling")
+
+    def decoded(graphs: bool):
+        options = {k: v for k, v in programs.accepted().items() if graphs or "command_buffer" not in k}
+        run = jax.jit(decode.run.__wrapped__, static_argnames=names, compiler_options=options)
+        start = decode.start(*fixed, 2048, 201, params, tokens, jnp.array([1500, 1337]), jax.random.key(2))
+        return jax.device_get(run(*fixed, params, start, jnp.int32(200)).replace(key=None))
+
+    a, b = decoded(True), decoded(False)
+    assert "xla_gpu_command_buffer_scheduling_mode" in programs.accepted() and (a.tokens != 0).any()
+    jax.tree.map(np.testing.assert_array_equal, a, b)

@@ -12,15 +12,18 @@ import numpy as np
 from jax import lax
 
 
-def per_call(f: Callable[..., Any], q: jax.Array, *arguments: Any, calls: int = 20, loops: int = 9) -> np.ndarray:
+def per_call(
+    f: Callable[..., Any], q: jax.Array, *arguments: Any, calls: int = 20, loops: int = 9,
+    options: dict[str, Any] | None = None,
+) -> np.ndarray:  # fmt: skip
     """Microseconds a call of `f(q, *arguments)`, one figure a loop of `calls`: sorted. `f` may return a record beside
-    its output, which is stored.
+    its output, which is stored. `options`: of XLA.
 
     Every call depends on the one before. The loop's own overhead, 15 to 20 us an iteration on an H100, is included; it
     is the same for everything measured with this function.
     """
 
-    @functools.partial(jax.jit)
+    @functools.partial(jax.jit, compiler_options=options)
     def many(q, *arguments):
         def body(q, _):
             found = f(q, *arguments)

@@ -30,6 +30,7 @@ from certjax.model import Model
 from certjax.models.llama.config import LlamaConfig
 from certjax.plugs import Mode, make_cache
 from certjax.policy import Policy
+from certjax.programs import jitted
 
 STEPS = 256
 """Decode steps of one call: the loop can be interrupted between calls."""
@@ -280,7 +281,7 @@ def _open(
     )
 
 
-@functools.partial(decode.jitted, static_argnames=("config", "mode", "policy"), donate_argnames=("state",))
+@functools.partial(jitted, static_argnames=("config", "mode", "policy"), donate_argnames=("state",))
 def _run(
     config: LlamaConfig,
     mode: Mode,

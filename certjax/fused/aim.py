@@ -17,7 +17,7 @@ from certjax.fused.ladder import allotted
 from certjax.policy import Policy
 
 LOWEST, HIGHEST = 0.25, 2.0
-RISE, LEAST_RISE = 0.025, 0.001
+RISE, LEAST_RISE = 0.008, 0.0005
 """Of the share of the tolerance that was left, by how much of it the aim rises; and at least by so much."""
 TARGET = 0.85
 """Of the tolerance: what a plan that has exceeded it aims at next."""

@@ -1,4 +1,4 @@
-"""One certified decode step in four kernels: scan, attend, promote, dense per head.
+"""One certified decode step in four kernels: scan, coarse, fine (which promotes), dense per head.
 
 No conditional leaves the kernels: a kernel whose flags are all off returns at once, so that the host is never asked.
 """
@@ -19,7 +19,9 @@ from certjax.fused import reduce as rd
 from certjax.fused.ladder import allotted, heads_to_give_up
 from certjax.fused.plan import Plan, choose
 from certjax.policy import Policy
+from pallas_kernels import levels as lv
 from pallas_kernels.dispatch import Kernels
+from pallas_kernels.levels import FINEST, PROMOTED, SKIP
 from pallas_kernels.originals.reference import LOWEST
 from pallas_kernels.query import distinct, folded
 
@@ -52,7 +54,7 @@ def fused_attention(
     scan = step.scan()
     plan = step.plan(scan)
     found = step.attend(scan, plan, promote=policy.tolerance is not None)
-    judged = step.judge(found)
+    judged = step.judge(found, plan)
     passed = step.consistent(scan, plan, found)
     return step.finish(judged, plan, passed, sound)
 
@@ -67,8 +69,9 @@ def fused_naive(
 ) -> jax.Array:
     """Tier 1 at its finest and the windows, nothing checked: `[b, Hkv, G, d]` float32."""
     step = _Step(q, cache, layer, policy, kernels, common)
-    found = step.attend(step.scan(only_windows=True), step.everything(), promote=False)
-    return step.judge(found).out[:, : q.shape[2]].reshape(q.shape)
+    plan = step.everything()
+    found = step.attend(step.scan(only_windows=True), plan, promote=False, finest=True)
+    return step.judge(found, plan).out[:, : q.shape[2]].reshape(q.shape)
 
 
 class _Scan(NamedTuple):
@@ -105,26 +108,36 @@ class _Step:
     def everything(self) -> Plan:
         """Tier 1 as finely as it is stored."""
         active = self.layer.active
-        return Plan(jnp.where(active, bd.FINEST, bd.SKIP), jnp.zeros_like(active[:, 0]))
+        return Plan(jnp.where(active, FINEST, SKIP), jnp.zeros_like(active[:, 0]))
 
     def plan(self, scan: _Scan) -> Plan:
         if self.policy.tolerance is None:
             return self.everything()
         summed = bd.summing(self.d, self.additions, bd.TILE + self.n_tiles + 64)
-        return choose(self.policy, self.batch, self.group, scan.sums, scan.windows, self.queries, self.layer, summed)
+        return choose(
+            self.policy, self.batch, self.group, scan.sums, scan.weights, scan.windows, self.queries, self.layer, summed
+        )
 
-    def attend(self, scan: _Scan, plan: Plan, *, promote: bool) -> bd.Pass:
-        """Read what a plan asks for; without `promote` it asks for nothing of tier 2."""
+    def attend(self, scan: _Scan, plan: Plan, *, promote: bool, finest: bool = False) -> bd.Pass:
+        """Read what a plan asks for; without `promote` it asks for nothing of tier 2, with `finest` for everything at
+        its finest."""
         x, q = self.layer, self.queries
-        counts = jnp.stack([(plan.level == i).sum(1) for i in range(5)], 1).astype(jnp.int32)
-        acc, stats, *host = self.kernels.attend(
-            x.index, x.meta, plan.level, counts, scan.weights, q.kernel, x.keys, x.keys_low, x.key_scale, x.values,
-            x.values_low, x.value_scale, x.nu, *((x.host_keys, x.host_values) if promote else (None, None)),
+        counts = self.counts(plan)
+        acc, stats, *host = self.kernels.fine(
+            x.index, plan.words, counts, lv.summary_of(plan.words, self.d), q.kernel, x.keys, x.keys_low, x.key_scale,
+            x.values, x.values_low, x.value_scale, x.nu, *((x.host_keys, x.host_values) if promote else (None, None)),
         )  # fmt: skip
+        some = counts[:, lv.N_FINEST] + counts[:, lv.N_PROMOTED] > 0
+        values = jnp.where(some[:, None, None], folded(acc.sum(1)), 0.0)
+        if not finest:
+            values += folded(self.kernels.coarse(x.index, plan.words, scan.weights, x.values).sum(1))
         exact = scan.windows
         if promote:
-            exact = bd.joined(exact, _found(host, counts[:, bd.PROMOTE] > 0))
-        return bd.Pass(scan.sums, bd.tile_sums(stats, x), plan.level, folded(acc.sum(1)), exact)
+            exact = bd.joined(exact, _found(host, counts[:, lv.N_PROMOTED] > 0))
+        return bd.Pass(scan.sums, bd.tile_sums(stats, x), lv.level_of_rest(plan.words, self.d), values, exact)
+
+    def counts(self, plan: Plan) -> jax.Array:
+        return lv.counts_of(plan.words, self.layer.active, plan.give_up)
 
     def dense(self, heads: jax.Array) -> bd.Exact:
         """Attend to all originals of `heads` `[H]`, and to nothing else."""
@@ -140,31 +153,36 @@ class _Step:
         )  # fmt: skip
 
     def consistent(self, scan: _Scan, plan: Plan, found: bd.Pass) -> jax.Array:
-        """Canary: promoted tiles weigh by their originals what they weigh by tier 1, within its bound: [b, Hkv, G]."""
+        """Canary: promoted tiles weigh by their originals, and by tier 1 at its finest where they are not read, what
+        they weigh by tier 1 at its coarsest, within its bound: [b, Hkv, G]."""
         if not self.policy.canary or self.policy.tolerance is None:
             return jnp.ones((self.batch, self.n_heads, self.group), bool)
-        q = self.queries
-        delta = bd.delta_of(q, self.layer.kappa_peak[..., 0])
-        delta = jnp.minimum(delta, 80.0)
-        a = jnp.where((plan.level == bd.PROMOTE)[..., None], scan.sums.a, 0.0)
-        high, low = rd.sums(1, a * jnp.exp(delta), a * jnp.exp(-delta))
-        original = bd.eps_of_originals(q, found.exact.key, self.rises(plan.level), q.reference)
-        slack = jnp.exp(q.eps + original + 2.0**-12)
+        q, promoted = self.queries, (lv.level_of(plan.words) == PROMOTED)[..., None]
+        rest = promoted & (found.level == FINEST)[..., None]
+        delta, delta_rest = (
+            jnp.minimum(bd.delta_of(q, self.layer.kappa_peak[..., i]), 80.0) for i in range(2)
+        )
+        a, b = jnp.where(promoted, scan.sums.a, 0.0), jnp.where(rest, found.fine.a, 0.0)
+        grow, grow_rest = jnp.exp(delta), jnp.exp(delta_rest)
+        high, low, rest_high, rest_low = rd.sums(1, a * grow, a / grow, b * grow_rest, b / grow_rest)
+        original = bd.eps_of_originals(q, found.exact.key, self.reads(plan), q.reference)
+        slack = jnp.exp(q.eps + jnp.maximum(q.eps, original) + 2.0**-12)
         exact = found.exact.total - scan.windows.total
         rounding = 2.0**-18 * found.exact.total + 2.0**-100  # of the difference; of what was flushed
-        # What is not a number is not an alarm: it fails as such.
-        return self.grouped(~((exact > high * slack + rounding) | (exact < low / slack - rounding)))
+        alarm = (exact + rest_low > high * slack + rounding) | (exact + rest_high < low / slack - rounding)
+        return self.grouped(~alarm)  # what is not a number is not an alarm: it fails as such
 
-    def judge(self, found: bd.Pass) -> bd.Judged:
-        return bd.judge(found, self.queries, self.layer, self.rises(found.level), self.additions)
+    def judge(self, found: bd.Pass, plan: Plan) -> bd.Judged:
+        return bd.judge(found, self.queries, self.layer, self.reads(plan), self.additions)
+
+    def reads(self, plan: Plan) -> jax.Array:
+        """Most originals that a program read, of windows or pieces: [H, 1]."""
+        n_promoted = self.counts(plan)[:, lv.N_PROMOTED, None]
+        return jnp.minimum(n_promoted * lv.pieces_of_a_tile(self.d), most_pieces(self.per_program, self.d)) + 1
 
     @property
     def per_program(self) -> int:
         return per_program_of(self.n_tiles, self.kernels)
-
-    def rises(self, level: jax.Array) -> jax.Array:
-        """Most originals that a program read, of windows or promoted: [H, 1]."""
-        return jnp.minimum((level == bd.PROMOTE).sum(1, keepdims=True), self.per_program) + 1
 
     @property
     def additions(self) -> int:
@@ -196,19 +214,16 @@ class _Step:
         returned = {name: jnp.where(dense, 0.0, x) for name, x in candidate.items()}
         returned["e_total"] = e_total
         returned["e_arith"] = jnp.where(dense, e_total, candidate["e_arith"])
-        x = self.layer
-        counts = [
-            jnp.broadcast_to(n.reshape(self.batch, -1, 1), shape)
-            for n in rd.sums(1, x.active, *(plan.level == i for i in (bd.COARSE, bd.FINEST, bd.PROMOTE)))
-        ]
-        n_active, n_coarse, n_finest, n_promoted = (n.astype(jnp.int32) for n in counts)
+        x, counts = self.layer, self.counts(plan).reshape(self.batch, -1, lv.COUNTS, 1)
+        n_active, n_coarse, n_finest, n_promoted = (jnp.broadcast_to(counts[:, :, i], shape) for i in range(4))
+        n_pieces = lv.promoted_pieces(plan.words, self.d).sum((1, 2)).reshape(self.batch, -1, 1)
         rung = jnp.where(dense, jnp.where(row_failed[:, None, None], 4, 3), jnp.where(n_promoted > 0, 2, 0))
         ok = jnp.ones(shape, bool)
         first = jnp.arange(self.group) == 0
         windows = sum(x.live[:, i] for i in range(x.live.shape[1])).astype(jnp.float32) * (4 * self.d)
-        tier1 = sum(n * bytes_of_a_tile(self.d, i) for i, n in enumerate(counts[:3]))
+        tier1 = tier1_bytes(self.d, n_active, n_coarse, n_finest, n_promoted)
         length = self.cache.length[:, None, None].astype(jnp.float32)
-        paged = (jnp.where(dense, length, 0.0) + counts[3] * ops.TILE) * (4.0 * self.d)
+        paged = (jnp.where(dense, length, 0.0) + n_pieces * lv.tokens_of_a_piece(self.d)) * (4.0 * self.d)
         return Certificate(
             **returned,
             **{f"{name}_candidate": x for name, x in candidate.items()},
@@ -244,8 +259,13 @@ _BOUNDS = ("e_key", "e_val", "e_arith", "e_total", "e_key_paper", "e_val_paper")
 
 
 def per_program_of(n_tiles: int, kernels: Kernels) -> int:
-    """Most tiles, or halves of tiles, that a program reads."""
+    """Most tiles that a program reads, or halves of tiles in the dense pass."""
     return -(-2 * n_tiles // kernels.fewest)
+
+
+def most_pieces(per_program: int, d: int) -> int:
+    """At least as many pieces as a program reads: one of every tile of its share, of which 32 programs make 4 or 8."""
+    return per_program * lv.pieces_of_a_tile(d) // 2
 
 
 def additions_of(n_tiles: int, kernels: Kernels) -> int:
@@ -253,11 +273,10 @@ def additions_of(n_tiles: int, kernels: Kernels) -> int:
     return 2 * per_program_of(n_tiles, kernels) + 2 * kernels.splits + 64
 
 
-def bytes_of_a_tile(d: int, level: int) -> float:
-    """Of a tile: what the scan (level 0) reads and writes, and what the second pass reads at a level."""
+def tier1_bytes(d: int, n_active, n_coarse, n_finest, n_promoted):
+    """What a step reads and writes of tier 1, by how many tiles are at each level."""
     weights = 8 * 2  # of a token, for a group of up to 4 query heads
-    return (
-        float(ops.TILE * (d + 5 + weights) + 30),  # 8-bit keys, both scales, nu; the plan's annotations of the tile
-        float(ops.TILE * (d // 2 + weights)),  # 4-bit values
-        float(ops.TILE * (d + d // 2 + d // 2 + d // 4 + 5)),  # 12-bit keys and 6-bit values, their scales and nu
-    )[level]
+    scanned = ops.TILE * (d + 5 + weights) + 30  # 8-bit keys, both scales, nu; the plan's annotations of the tile
+    coarse = ops.TILE * (d // 2 + weights)  # 4-bit values
+    fine = ops.TILE * (d + d // 2 + d // 2 + d // 4 + 5)  # 12-bit keys and 6-bit values, their scales and nu
+    return n_active * float(scanned) + n_coarse * float(coarse) + (n_finest + n_promoted) * float(fine)

@@ -26,6 +26,7 @@ from certjax.fused.operands import (
     turning_back,
 )
 from pallas_kernels import numerics as num
+from pallas_kernels.levels import COARSE, FINEST, PROMOTED, SKIP
 
 FLUSHED = TILE**0.5 * 2.0**-63
 """Norm of the weights of a tile whose squares may have been flushed to zero."""
@@ -60,10 +61,6 @@ def tile_sums(stats: jax.Array, layer: Layer) -> TileSums:
         keyed=keyed[:, :, 0],
         keyed_n=keyed[:, :, 1] * peak,
     )
-
-
-SKIP, COARSE, FINEST, PROMOTE = range(4)
-"""Levels of a tile: values left to the centre; coarse values; keys and values at their finest; originals."""
 
 
 def by_level(level: jax.Array, skip, coarse, fine):
@@ -146,6 +143,8 @@ def exact_of(acc: jax.Array, sums: jax.Array, *, alone: bool = False) -> Exact:
         scale = jnp.exp2(peak - peak.max(1, keepdims=True))
     else:  # a total whose reciprocal vanishes must not pass for one: not a number, which fails as such
         scale = jnp.where(peak <= HIGHEST, jnp.exp2(peak), jnp.inf)
+        # A part that read nothing says so by a total of 0.
+        acc = jnp.where((sums[:, :, 0] != 0)[:, :, None], acc, 0.0)
     total, longest_key, longest_value = rd.together(
         1, (sums[:, :, 0] * scale, rd.SUM), (sums[:, :, 1], rd.MAX), (sums[:, :, 2], rd.MAX)
     )
@@ -163,10 +162,10 @@ class Pass:
     """What a pass over the cache found: sums of the weights used, and the values they were used for."""
 
     coarse: TileSums  # of keys as the scan saw them
-    fine: TileSums  # of tiles at the finest level
-    level: jax.Array  # [H, NT] int32
-    values: jax.Array  # [H, d, G] what `attend_tiles` returns, added up
-    exact: Exact  # windows and promoted tiles
+    fine: TileSums  # of tiles at the finest level, and of what is not promoted of those that are
+    level: jax.Array  # [H, NT] int32, `levels.level_of_rest`
+    values: jax.Array  # [H, d, G] what the second pass returns, added up
+    exact: Exact  # windows and promoted pieces
 
 
 @struct.dataclass
@@ -185,22 +184,23 @@ class Judged:
     tail_mass: jax.Array
 
 
-def judge(found: Pass, queries: Queries, layer: Layer, tiles: jax.Array, additions: int) -> Judged:
-    """Output and certificate of a pass. `tiles`: [H, 1], originals that a program reads at most; `additions`: float32
+def judge(found: Pass, queries: Queries, layer: Layer, reads: jax.Array, additions: int) -> Judged:
+    """Output and certificate of a pass. `reads`: [H, 1], pieces that a program reads at most; `additions`: float32
     roundings that a tile's sum of values goes through at most."""
     exact, level, coarse, fine = found.exact, found.level, found.coarse, found.fine
     d, n_tiles = found.values.shape[1], level.shape[1]
     sums = by_level(level, coarse, coarse, fine)
     keys = by_level(level, *[key_terms(coarse, queries, layer, 0)] * 2, key_terms(fine, queries, layer, 1))
-    values = by_level(level, *(value_terms(fine if i == FINEST else coarse, layer, i) for i in range(PROMOTE)))
-    kappa = jnp.where(level == FINEST, layer.kappa_peak[..., 1], layer.kappa_peak[..., 0])
-    kappa = jnp.where(level == PROMOTE, 0.0, kappa)
+    values = by_level(level, *(value_terms(fine if i == FINEST else coarse, layer, i) for i in range(PROMOTED)))
+    finest, coarsely = level == FINEST, level == COARSE
+    kappa = jnp.where(finest, layer.kappa_peak[..., 1], layer.kappa_peak[..., 0])
+    kappa = jnp.where(level == PROMOTED, 0.0, kappa)
     delta = delta_of(queries, kappa)
     grown = num_expm1(delta)
-    eta = jnp.where(level == FINEST, layer.eta_peak[..., 1], layer.eta_peak[..., 0])[..., None]
-    read = (level == COARSE)[..., None] | (level == FINEST)[..., None]
+    eta = jnp.where(finest, layer.eta_peak[..., 1], layer.eta_peak[..., 0])[..., None]
+    read = (coarsely | finest)[..., None]
     # A value is `s (4 high + 2)`, or `s (4 high + low + 2.5)`.
-    offset = jnp.where(level == COARSE, 2.0, jnp.where(level == FINEST, 2.5, 0.0))[..., None] * sums.scaled
+    offset = jnp.where(coarsely, 2.0, jnp.where(finest, 2.5, 0.0))[..., None] * sums.scaled
     tier1, n, val, shrunk, k0, k1, g0, g1, n_read, eta_read, paper, offset = rd.sums(
         1,
         sums.a,
@@ -240,7 +240,7 @@ def judge(found: Pass, queries: Queries, layer: Layer, tiles: jax.Array, additio
     delta_max = queries.norm * (kappa.max(1) * num.NORM_SLACK)[:, None]
     e_key = (k0 + k1 * h) / (total * l_minus)
     linear = (g0 + g1 * h) / (total * l_minus)
-    eps = jnp.maximum(queries.eps, eps_of_originals(queries, exact.key, tiles, queries.reference))
+    eps = jnp.maximum(queries.eps, eps_of_originals(queries, exact.key, reads, queries.reference))
     grow = jnp.exp(eps)
     widened = (grow * grow - 1) * linear + grow * jnp.expm1(eps) * (nu_mean + h) / l_minus
     nu_max = jnp.maximum(layer.nu_max[:, None], exact_nu)

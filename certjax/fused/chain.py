@@ -1,8 +1,8 @@
 """The step of `certjax.fused.attention` with nothing between its kernels: what XLA would do there in fifty small ones,
-Triton kernels do in seven.
+Triton kernels do in eight.
 
-They are launched one after the other and hand each other what they found in global memory: prepare, scan, plan, attend,
-judge, decide, dense, finish. What each of the small ones computes is written in `jnp` in `operands`, `plan`,
+They are launched one after the other and hand each other what they found in global memory: prepare, scan, plan, coarse,
+fine, judge, decide, dense, finish. What each of the small ones computes is written in `jnp` in `operands`, `plan`,
 `bound` and `ladder`, its twins.
 """
 
@@ -17,9 +17,10 @@ from certjax.certificate import Certificate
 from certjax.fused import bound as bd
 from certjax.fused import operands as ops
 from certjax.fused import plan as pl
-from certjax.fused.attention import additions_of, bytes_of_a_tile, per_program_of
+from certjax.fused.attention import additions_of, most_pieces, per_program_of, tier1_bytes
 from certjax.fused.ladder import allotted
 from certjax.policy import Policy
+from pallas_kernels import levels as lv
 from pallas_kernels import numerics as num
 from pallas_kernels import query as qr
 from pallas_kernels.dispatch import Kernels
@@ -58,11 +59,11 @@ def chained_attention(
     tiles, additions = per_program_of(n_tiles, kernels), additions_of(n_tiles, kernels)
     depth = bd.TILE + min(n_tiles, sum(judging.tiles_and_parts(n_tiles))) + 64
     rounding = rc.Rounding(
-        per_program=tiles, split=bd.summed(additions + depth), turning=ops.turning_back(d),
+        reads=most_pieces(tiles, d), split=bd.summed(additions + depth), turning=ops.turning_back(d),
         depth_gamma=num.gamma(depth), inflate=inflate(2 * depth), vanished=ops.VANISHED, highest=bd.HIGHEST,
     )  # fmt: skip
     of_dense = rc.Rounding(
-        per_program=tiles, split=bd.summed(additions), turning=0.0,
+        reads=tiles, split=bd.summed(additions), turning=0.0,
         depth_gamma=num.gamma(bd.TILE + cache.capacity // bd.TILE + 64), inflate=1.0, vanished=ops.VANISHED,
         highest=bd.HIGHEST,
     )  # fmt: skip
@@ -80,16 +81,17 @@ def chained_attention(
         host_fee=policy.host_price * pl.ORIGINAL_BYTES / pl.FINEST_BYTES, max_promoted=policy.max_promoted,
         highest=bd.HIGHEST, summed=bd.summing(d, additions, depth),
     )  # fmt: skip
-    levels, counts = planning.choose(
-        (stats, *windows), notes, facts, common.largest, value_centre, cache.aim, meta, index, terms, flags
+    words, counts, summary = planning.choose(
+        (stats, weights, *windows), notes, facts, common.largest, value_centre, cache.aim, meta, index, terms, flags
     )
-    acc, fine, *host = kernels.attend(
-        index, meta, levels, counts, weights, operands, x.keys, x.keys_low, x.key_scale, x.values, x.values_low,
-        x.value_scale, x.nu, x.host_keys, x.host_values,
+    coarse = kernels.coarse(index, words, weights, x.values)
+    *fine, host_acc, host_sums = kernels.fine(
+        index, words, counts, summary, operands, x.keys, x.keys_low, x.key_scale, x.values, x.values_low, x.value_scale,
+        x.nu, x.host_keys, x.host_values,
     )  # fmt: skip
     candidate, record = judging.judge(
-        levels, stats, fine, acc, windows, host, counts, notes, facts, common.largest, value_centre, turn,
-        meta, index, rounding, canary=policy.canary,
+        words, stats, coarse, fine, windows, (host_acc, host_sums), counts, notes, facts, common.largest, value_centre,
+        turn, meta, index, rounding, canary=policy.canary,
     )  # fmt: skip
     verdict, everything = vd.decide(
         record, counts, sound, meta, n_tiles, flags, group=group, relative_to=policy.relative_to,
@@ -105,14 +107,15 @@ def chained_attention(
     rows = record[:, :, :group].reshape(batch, n_heads, -1, group)
     final = returned[:, :, :group].reshape(batch, n_heads, 2, group)
     certificate = _certificate(
-        policy, cache, x.live, rows, final, counts.reshape(batch, n_heads, -1, 1),
+        policy, cache, x.live, rows, final, counts.reshape(batch, n_heads, -1, 1), summary.reshape(batch, n_heads, -1),
         verdict.reshape(batch, n_heads, 1), sound, jnp.zeros(shape), d, rc,
     )  # fmt: skip
     return out.reshape(q.shape), certificate
 
 
-def _certificate(policy, cache, live, rows, final, counts, verdict, sound, zero, d, rc) -> Certificate:
-    """`rows` [b, Hkv, ROWS, G], `final` [b, Hkv, 2, G], `counts` [b, Hkv, COUNTS, 1], `verdict` [b, Hkv, 1]."""
+def _certificate(policy, cache, live, rows, final, counts, summary, verdict, sound, zero, d, rc) -> Certificate:
+    """`rows` [b, Hkv, ROWS, G], `final` [b, Hkv, 2, G], `counts` [b, Hkv, COUNTS, 1], `summary` [b, Hkv, .],
+    `verdict` [b, Hkv, 1]."""
     norm, e_total = final[:, :, 0], final[:, :, 1]
     dense = verdict > 0
     n_active, n_coarse, n_finest, n_promoted = (counts[:, :, i] + zero.astype(jnp.int32) for i in range(4))
@@ -129,8 +132,9 @@ def _certificate(policy, cache, live, rows, final, counts, verdict, sound, zero,
     passed = rows[:, :, rc.PASSED] > 0
     first = (jnp.arange(zero.shape[-1]) == 0) & (zero == 0)
     windows = live.sum(1).reshape(*zero.shape[:2], 1) * (4.0 * d)
-    tier1 = sum(n * bytes_of_a_tile(d, i) for i, n in enumerate((n_active, n_coarse, n_finest)))
-    paged = (jnp.where(dense, cache.length[:, None, None], 0) + n_promoted * ops.TILE) * (4.0 * d)
+    tier1 = tier1_bytes(d, n_active, n_coarse, n_finest, n_promoted)
+    n_pieces = (summary % lv.TILES_READ).sum(-1, keepdims=True)
+    paged = (jnp.where(dense, cache.length[:, None, None], 0) + n_pieces * lv.tokens_of_a_piece(d)) * (4.0 * d)
     rung = jnp.where(dense, 2 + verdict, jnp.where(n_promoted > 0, 2, 0))
     true = zero == 0
     return Certificate(

@@ -9,9 +9,12 @@ from flax import struct
 from jax import lax
 
 from certjax.fused import reduce as rd
-from certjax.fused.bound import COARSE, FINEST, PROMOTE, SKIP, Exact, TileSums, delta_of, key_terms, no_nan, value_terms
+from certjax.fused.bound import Exact, TileSums, delta_of, key_terms, no_nan, value_terms
 from certjax.fused.operands import Layer, Queries
 from certjax.policy import Policy
+from pallas_kernels import levels as lv
+from pallas_kernels.levels import COARSE, FINEST, PROMOTED, SKIP
+from pallas_kernels.query import folded
 
 FINEST_BYTES, COARSE_BYTES, ORIGINAL_BYTES = 2.3, 0.64, 4.0
 """Of a key's and a value's channel, with scales and weights, that the second pass reads."""
@@ -24,7 +27,7 @@ PRICES, STEPS = 72, 4
 class Plan:
     """What to read."""
 
-    level: jax.Array  # [H, NT] int32, see `bound.by_level`
+    words: jax.Array  # [H, NT] int32, see `pallas_kernels.levels`
     give_up: jax.Array  # [H] bool, KV heads that go dense at once
 
 
@@ -43,12 +46,16 @@ def choose(
     batch: int,
     group: int,
     sums: TileSums,
+    weights: jax.Array,  # [H, NT, C, 128] of the scan
     windows: Exact,
     queries: Queries,
     layer: Layer,
     summed: float,
 ) -> Plan:
     """Every tile at the level with the least error plus price, at the highest price at which what is left fits.
+
+    What a piece of a tile would add is taken to be its share of the tile's weights; a tile whose heaviest token has a
+    share of `Q / A^2` at least can be rid of so much of its error for the price of one piece.
 
     Estimates decide what is read and nothing else: what was read is judged afterwards. `summed`: what the sums of
     values and weights may add, by `bound.summing`.
@@ -84,27 +91,49 @@ def choose(
 
     # Computed once, not once a price.
     offers = lax.optimization_barrier(jnp.stack([shares(level) for level in (SKIP, COARSE, FINEST)]))
-    fees = (0.0, COARSE_BYTES / FINEST_BYTES, 1.0)  # in tiles read at their finest
+    heaviest = jnp.square(sums.norm / jnp.maximum(sums.a, 2.0**-120))[..., :group]
+    left_over = offers[FINEST] * (1 - heaviest)
+    n_pieces = lv.pieces_of_a_tile(layer.keys.shape[-1])
     host = policy.host_price * ORIGINAL_BYTES / FINEST_BYTES
+    fees = (0.0, COARSE_BYTES / FINEST_BYTES, 1.0, 1.0 + host / n_pieces, host)  # in tiles read at their finest
+    costs = [*joint(offers), joint(left_over), 0.0]  # [H, NT] each
 
-    costs = joint(offers)  # [3, H, NT]
-
-    def levels(price):
-        skip, coarse, fine = (x + fee * price for x, fee in zip(costs, fees, strict=True))
-        least = jnp.minimum(jnp.minimum(skip, coarse), fine)
-        level = jnp.where(skip <= least, SKIP, jnp.where(coarse <= least, COARSE, FINEST))
-        return jnp.where(least > price * host, PROMOTE, level)
+    def settled(price):
+        """The level, WHOLE for all pieces of a tile."""
+        at = [x + fee * price for x, fee in zip(costs, fees, strict=True)]
+        least = jnp.minimum(jnp.minimum(at[SKIP], at[COARSE]), at[FINEST])
+        level = jnp.where(at[SKIP] <= least, SKIP, jnp.where(at[COARSE] <= least, COARSE, FINEST))
+        level = jnp.where(at[PROMOTED] < least, PROMOTED, level)
+        return jnp.where(at[WHOLE] < jnp.minimum(least, at[PROMOTED]), WHOLE, level)
 
     prices = jnp.asarray(np.exp2(-np.arange(PRICES) / STEPS), jnp.float32)
-    level = levels(prices[:, None, None])[..., None]  # [J, H, NT, 1]
-    left = sum(jnp.where(level == i, x, 0.0) for i, x in enumerate(offers)).sum(2) + rounding  # [J, H, G]
+    level = settled(prices[:, None, None])[..., None]  # [J, H, NT, 1]
+    left = sum(jnp.where(level == i, x, 0.0) for i, x in enumerate([*offers, left_over])).sum(2) + rounding  # [J, H, G]
     by_row = left.reshape(PRICES, batch, -1)
     worst = jnp.square(by_row).mean(-1) if policy.pooled else by_row.max(-1)  # [J, b]
     dearer = (~(worst <= 1)).sum(0)  # what is left falls with the price: the first that fits comes after these
     heads = layer.active.shape[0] // batch
-    price = jnp.repeat(jnp.exp2(-dearer.astype(jnp.float32) / STEPS), heads)
-    level = jnp.where(layer.active, levels(price[:, None]), SKIP)
-    n_promoted, n_active = rd.sums(1, level == PROMOTE, layer.active)
+    price = jnp.repeat(jnp.exp2(-dearer.astype(jnp.float32) / STEPS), heads)[:, None]
+    level = jnp.where(layer.active, settled(price), SKIP)
+    n_promoted, n_active = rd.sums(1, level >= PROMOTED, layer.active)
     give_up = (n_promoted > policy.max_promoted * n_active) | jnp.repeat(dearer == PRICES, heads)
+
+    of_piece = folded(weights.astype(jnp.float32).swapaxes(2, 3))[..., :group]
+    of_piece = of_piece.reshape(*level.shape, n_pieces, -1, group).sum(3)
+    share = of_piece / jnp.maximum(of_piece.sum(2, keepdims=True), 2.0**-120)
+    worth = joint(offers[FINEST][:, :, None] * share)  # [H, NT, pieces]
+    # The dearest, until the others come to no more than was said to be left.
+    piece = jnp.arange(n_pieces)
+    behind = (worth[..., None, :] < worth[..., None]) | (
+        (worth[..., None, :] == worth[..., None]) & (piece >= piece[:, None])
+    )
+    rest = jnp.where(behind, worth[..., None, :], 0.0).sum(-1)
+    dear = ~(rest <= costs[PROMOTED][..., None]) | (level == WHOLE)[..., None]
+    pieces = (dear << piece).sum(2)
+    words = jnp.where(level >= PROMOTED, lv.word(PROMOTED, pieces), level)
     # A barrier: what is counted and what is read are one evaluation.
-    return Plan(lax.optimization_barrier(jnp.where(give_up[:, None], SKIP, level)), give_up)
+    return Plan(lax.optimization_barrier(jnp.where(give_up[:, None], SKIP, words)), give_up)
+
+
+WHOLE = PROMOTED + 1
+"""All pieces of a tile, while levels are chosen."""

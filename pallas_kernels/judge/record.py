@@ -24,7 +24,7 @@ def length(square, ROOT: tl.constexpr, VANISHED: tl.constexpr):
 class Rounding:
     """Constants of the arithmetic (docs/kernels.md) that depend on shapes."""
 
-    per_program: int  # tiles that a program reads at most
+    reads: int  # originals, pieces or halves of tiles, that a program reads at most
     split: float  # relative error of a sum of values over tiles
     turning: float  # of the rotation back
     depth_gamma: float

@@ -8,6 +8,7 @@ import numpy as np
 import triton
 import triton.language as tl
 
+from pallas_kernels import levels as lv
 from pallas_kernels import numerics as num
 from pallas_kernels.device_math import MAX_DELTA, exp_down, exp_up, expm1_up, least, most, no_nan, product, rounded
 from pallas_kernels.judge.record import ROWS, Rounding, length
@@ -24,7 +25,7 @@ from pallas_kernels.tile_facts import (
     tile_sums,
 )
 
-TILE = tl.constexpr(128)
+TILE, COUNTS = tl.constexpr(lv.TILE), tl.constexpr(lv.COUNTS)
 U, UNDERFLOW, FLOOR = tl.constexpr(num.U), tl.constexpr(num.UNDERFLOW), tl.constexpr(num.ABSOLUTE_FLOOR)
 
 
@@ -39,46 +40,61 @@ def _turned_back(y, turn, D: tl.constexpr):
     return product(signs, high) + (product(signs, middle) + product(signs, low))
 
 
-SUMS = tl.constexpr(16)
-"""Of a part of a head, from `_tally`: sums over tiles, and the largest kappa."""
+SUMS, ADDED = tl.constexpr(17), tl.constexpr(16)
+"""Of a part of a head, from `_tally`: sums over tiles, 16 of them, and the largest kappa."""
+
+
+@triton.jit
+def _four(a, b, c, d):
+    return tl.join(tl.join(a, b), tl.join(c, d))
+
+
+@triton.jit
+def _part_of(acc, h, split, here, flat, S: tl.constexpr, SIZE: tl.constexpr):
+    return tl.sum(tl.load(acc + (h * S + split) * SIZE + flat, mask=here & (split < S), other=0.0), 0)
 
 
 @triton.jit
 def _tally(
-    levels, stats, fine_stats, acc, kappa, eta, nu, sigma_k, sigma_v, rho_k, rho_v, facts, meta,
+    words, counts, stats, fine_stats, acc, fine_acc, kappa, eta, nu, sigma_k, sigma_v, rho_k, rho_v, facts, meta,
     layer,  # inputs
     sums, read,  # outputs
     H: tl.constexpr, NT: tl.constexpr, FLAGS: tl.constexpr, S: tl.constexpr, PER_PART: tl.constexpr,
-    PER_PART_UP: tl.constexpr, C: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
+    FINE_S: tl.constexpr, FINE_PER_PART: tl.constexpr, PER_PART_UP: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
+    T: tl.constexpr, ALL_PIECES: tl.constexpr,
 ):  # fmt: skip
     """What a share of a head's tiles adds to the bound, and a share of what programs of the second pass found."""
     h, part, at = tl.program_id(0), tl.program_id(1), tl.load(layer)
     n_parts, col = tl.num_programs(1), tl.arange(0, C)
-    split = part * PER_PART + tl.arange(0, PER_PART_UP)[:, None]
-    flat = tl.arange(0, D * C)
-    mask = (tl.arange(0, PER_PART_UP)[:, None] < PER_PART) & (split < S)
-    found = tl.sum(tl.load(acc + (h * S + split) * (D * C) + flat[None], mask=mask, other=0.0), 0)
+    i, flat = tl.arange(0, PER_PART_UP)[:, None], tl.arange(0, D * C)
+    found = _part_of(acc, h, part * PER_PART + i, i < PER_PART, flat[None], S, D * C)
+    if tl.load(counts + h * COUNTS + 2) + tl.load(counts + h * COUNTS + 3) > 0:  # else nothing was stored
+        found += _part_of(fine_acc, h, part * FINE_PER_PART + i, i < FINE_PER_PART, flat[None], FINE_S, D * C)
     tl.store(read + (h * n_parts + part) * (D * C) + flat, found)
 
     t = part * T + tl.arange(0, T)
     active = (t >= tl.load(meta + h * 3)) & (t < tl.load(meta + h * 3 + 1))
     noted, row = (at * H + h) * NT + t, h * NT + t
-    level = tl.load(levels + h * FLAGS + t, mask=active, other=3)
-    finest, coarse, promoted = level == 2, level == 1, level == 3
+    word = tl.load(words + h * FLAGS + t, mask=active, other=0)
+    level = word & 255
+    coarse, promoted = level == 1, level == 3
+    whole = word == ALL_PIECES
+    finest = (level >= 2) & ~whole  # or what is not promoted of it
     q_norm = tl.load(facts + h * 4 * C + col)
     nu_peak = number(nu + noted, active)
-    a, n, norm, scaled = tile_sums(stats, row, nu_peak, active & (level != 2), C)
     delta = least(q_norm[None] * (number(kappa + noted * 2, active) * SLACK)[:, None], 80.0)
-    weight = tl.where(promoted[:, None], a, 0.0)
+    of = stats + row[:, None] * (4 * C) + (col % (C // 2))[None]
+    weight = tl.load(of, mask=promoted[:, None], other=0.0)
     above, below = weight * exp_up(delta), weight * exp_down(-delta)
+    a, n, norm, scaled = tile_sums(stats, row, nu_peak, active & ~finest, C)
     b, m, fine_norm, fine_scaled = tile_sums(fine_stats, row, nu_peak, active & finest, C)
-    kept = active & (level != 3)
+    kept = active & ~whole
     here = kept[:, None]
     a, n = tl.where(here, a + b, 0.0), tl.where(here, n + m, 0.0)  # one of the two is 0
     norm = tl.where(finest[:, None], fine_norm, norm)
     plane = finest.to(tl.int32)
     kappa_t = number(kappa + noted * 2 + plane, kept)
-    keyed, keyed_n = keyed_sums(stats, row, nu_peak, active & (level != 2), C)
+    keyed, keyed_n = keyed_sums(stats, row, nu_peak, active & ~finest, C)
     fine_keyed, fine_keyed_n = keyed_sums(fine_stats, row, nu_peak, active & finest, C)
     k0, k1, grown, delta = key_terms(
         a, n, norm, keyed + fine_keyed, keyed_n + fine_keyed_n, q_norm, kappa_t,
@@ -89,32 +105,34 @@ def _tally(
     by_level = tl.where(finest[:, None], fine_scaled, scaled)
     linear = linear_value_terms(a, by_level, eta_t, number(rho_v + noted * 2 + plane, kept)[:, None])
     linear = tl.where(read_here, linear, n)
-    spectral = number(sigma_v + noted * 3 + tl.where(kept, level, 0), kept)[:, None] * norm
+    spectral = number(sigma_v + noted * 3 + tl.where(finest, 2, tl.where(coarse, 1, 0)), kept)[:, None] * norm
     # A value is `s (4 high + 2)`, or `s (4 high + low + 2.5)`.
     less = tl.where(finest[:, None], 2.5 * fine_scaled, tl.where(coarse[:, None], 2 * scaled, 0.0))
-    to = sums + (h * n_parts + part) * SUMS * C + col
-    tl.store(to, tl.sum(a, 0))
-    tl.store(to + C, tl.sum(n, 0))
-    tl.store(to + 2 * C, tl.sum(tl.where(here, least(linear, spectral), 0.0), 0))
-    tl.store(to + 3 * C, tl.sum(a * exp_down(-least(delta, 80.0)), 0))
-    tl.store(to + 4 * C, tl.sum(tl.where(here, k0, 0.0), 0))
-    tl.store(to + 5 * C, tl.sum(tl.where(here, k1, 0.0), 0))
-    tl.store(to + 6 * C, tl.sum(grown * n, 0))
-    tl.store(to + 7 * C, tl.sum(grown * a, 0))
-    tl.store(to + 8 * C, tl.sum(tl.where(read_here, n, 0.0), 0))
-    tl.store(to + 9 * C, tl.sum(tl.where(read_here, a * eta_t, 0.0), 0))
-    tl.store(to + 10 * C, tl.sum(tl.where(read_here, a * eta_t, a * nu_peak[:, None]), 0))
-    tl.store(to + 11 * C, tl.sum(tl.where(here, less, 0.0), 0))
-    tl.store(to + 12 * C, tl.sum(above, 0))
-    tl.store(to + 13 * C, tl.sum(below, 0))
-    tl.store(to + 14 * C, tl.full((C,), 1.0, tl.float32) * tl.max(kappa_t, 0))
+    shrunk, rest = a * exp_down(-least(delta, 80.0)), (promoted & finest)[:, None]
+    value = tl.where(here, least(linear, spectral), 0.0)
+    k0, k1, less = tl.where(here, k0, 0.0), tl.where(here, k1, 0.0), tl.where(here, less, 0.0)
+    n_read, eta_read = tl.where(read_here, n, 0.0), tl.where(read_here, a * eta_t, 0.0)
+    paper = tl.where(read_here, a * eta_t, a * nu_peak[:, None])
+    high = tl.where(rest, a * exp_up(least(delta, 80.0)), 0.0)
+    low = tl.where(rest, shrunk, 0.0)
+    # All sums at once: for each by itself every warp would wait for the others. The outermost `join` says whether a
+    # field is even or odd, the innermost whether it is below 8.
+    even = tl.join(_four(a, n_read, k0, above), _four(value, paper, grown * n, high))
+    odd = tl.join(_four(n, eta_read, k1, below), _four(shrunk, less, grown * a, low))
+    total = tl.sum(tl.reshape(tl.join(even, odd), (T, C, ADDED)), 0)  # [C, ADDED]
+    to = sums + (h * n_parts + part) * SUMS * C
+    tl.store(to + tl.arange(0, ADDED)[None] * C + col[:, None], total)
+    tl.store(to + ADDED * C + col, tl.full((C,), 1.0, tl.float32) * tl.max(kappa_t, 0))
 
 
 @triton.jit
-def _sum(sums, h, field, PARTS: tl.constexpr, PARTS_UP: tl.constexpr, C: tl.constexpr):
-    part = tl.arange(0, PARTS_UP)[:, None]
-    of = sums + ((h * PARTS + part) * SUMS + field) * C + tl.arange(0, C)[None]
-    return tl.sum(tl.load(of, mask=part < PARTS, other=0.0), 0)
+def _sum(sums, h, field, PARTS: tl.constexpr, C: tl.constexpr):
+    """Over parts; part by part, so that no thread waits for another."""
+    of = sums + (h * PARTS * SUMS + field) * C + tl.arange(0, C)
+    total = tl.load(of)
+    for part in tl.range(1, PARTS, loop_unroll_factor=8):
+        total += tl.load(of + part * SUMS * C)
+    return total
 
 
 @triton.jit
@@ -122,32 +140,38 @@ def _judge(
     sums, read, window_acc, window_sums, host_acc, host_sums, counts, facts, largest_of_head, value_centre, turn,
     layer,  # inputs
     out, record,  # outputs
-    H: tl.constexpr, NT: tl.constexpr, PARTS: tl.constexpr, PARTS_UP: tl.constexpr, P: tl.constexpr,
-    P_UP: tl.constexpr, W: tl.constexpr, W_UP: tl.constexpr, C: tl.constexpr, D: tl.constexpr, ROOT: tl.constexpr,
+    H: tl.constexpr, NT: tl.constexpr, PARTS: tl.constexpr, P: tl.constexpr, P_UP: tl.constexpr,
+    W: tl.constexpr, C: tl.constexpr, D: tl.constexpr, ROOT: tl.constexpr,
     VANISHED: tl.constexpr, HIGHEST: tl.constexpr, SPLIT: tl.constexpr, TURNING: tl.constexpr,
-    DEPTH_GAMMA: tl.constexpr, INFLATE: tl.constexpr, PER_PROGRAM: tl.constexpr, EXP_RELATIVE_ERROR: tl.constexpr,
-    CANARY: tl.constexpr,
+    DEPTH_GAMMA: tl.constexpr, INFLATE: tl.constexpr, PIECES: tl.constexpr, READS: tl.constexpr,
+    EXP_RELATIVE_ERROR: tl.constexpr, CANARY: tl.constexpr,
 ):  # fmt: skip
     h, at = tl.program_id(0), tl.load(layer)
     col, channel = tl.arange(0, C), tl.arange(0, D)
     of = facts + h * 4 * C + col
     q_norm, eps, eps_original, reference = tl.load(of), tl.load(of + C), tl.load(of + 2 * C), tl.load(of + 3 * C)
-    n_promoted = tl.load(counts + h * 5 + 3)
-    tier1, n_all = _sum(sums, h, 0, PARTS, PARTS_UP, C), _sum(sums, h, 1, PARTS, PARTS_UP, C)
-    val, shrunk = _sum(sums, h, 2, PARTS, PARTS_UP, C), _sum(sums, h, 3, PARTS, PARTS_UP, C)
-    k0, k1 = _sum(sums, h, 4, PARTS, PARTS_UP, C), _sum(sums, h, 5, PARTS, PARTS_UP, C)
-    g0, g1 = _sum(sums, h, 6, PARTS, PARTS_UP, C), _sum(sums, h, 7, PARTS, PARTS_UP, C)
-    n_read, eta_read = _sum(sums, h, 8, PARTS, PARTS_UP, C), _sum(sums, h, 9, PARTS, PARTS_UP, C)
-    paper, offset = _sum(sums, h, 10, PARTS, PARTS_UP, C), _sum(sums, h, 11, PARTS, PARTS_UP, C)
-    part = tl.arange(0, PARTS_UP)[:, None]
-    of = sums + ((h * PARTS + part) * SUMS + 14) * C + col[None]
-    kappa_max = tl.max(tl.load(of, mask=part < PARTS, other=0.0), 0)
-    flat = tl.arange(0, D * C)[None]
-    found = tl.load(read + (h * PARTS + part) * (D * C) + flat, mask=part < PARTS, other=0.0)
-    found = folded(tl.sum(found, 0), D, C)
+    n_promoted = tl.load(counts + h * COUNTS + 3)
+    tier1, n_all = _sum(sums, h, 0, PARTS, C), _sum(sums, h, 1, PARTS, C)
+    val, shrunk = _sum(sums, h, 2, PARTS, C), _sum(sums, h, 3, PARTS, C)
+    k0, k1 = _sum(sums, h, 4, PARTS, C), _sum(sums, h, 5, PARTS, C)
+    g0, g1 = _sum(sums, h, 6, PARTS, C), _sum(sums, h, 7, PARTS, C)
+    n_read, eta_read = _sum(sums, h, 8, PARTS, C), _sum(sums, h, 9, PARTS, C)
+    paper, offset = _sum(sums, h, 10, PARTS, C), _sum(sums, h, 11, PARTS, C)
+    high, low = _sum(sums, h, 12, PARTS, C), _sum(sums, h, 13, PARTS, C)
+    rest_high, rest_low = _sum(sums, h, 14, PARTS, C), _sum(sums, h, 15, PARTS, C)
+    kappa_max = tl.load(sums + (h * PARTS * SUMS + ADDED) * C + col)
+    flat = tl.arange(0, D * C)
+    found = tl.load(read + h * PARTS * (D * C) + flat)
+    for part in tl.range(1, PARTS, loop_unroll_factor=8):
+        kappa_max = most(kappa_max, tl.load(sums + ((h * PARTS + part) * SUMS + ADDED) * C + col))
+        found += tl.load(read + (h * PARTS + part) * (D * C) + flat)
+    centre = tl.load(value_centre + (at * H + h) * D + channel)[:, None]
+    of_head = largest_of_head + at * 6 * H + h
+    nu_max, eta_max, centre_norm = tl.load(of_head + H), tl.load(of_head + 2 * H), tl.load(of_head + 5 * H)
+    found = folded(found, D, C)
 
     # Windows, and what came from the host.
-    exact, exact_total, key, value = add_originals(window_acc, window_sums, h * W, W, W_UP, D, C, HIGHEST)
+    exact, exact_total, key, value = add_originals(window_acc, window_sums, h * W, W, 1, D, C, HIGHEST)
     of_windows = exact_total
     if n_promoted > 0:
         more, more_total, more_key, more_value = add_originals(host_acc, host_sums, h * P, P, P_UP, D, C, HIGHEST)
@@ -156,11 +180,8 @@ def _judge(
     key, value = length(key, ROOT, VANISHED), length(value, ROOT, VANISHED)
 
     total = tier1 + exact_total  # W
-    centre = tl.load(value_centre + (at * H + h) * D + channel)[:, None]
     joined = _turned_back(found + offset[None], turn, D) * (1 / ROOT) + tier1[None] * centre + exact
     result = joined / total[None]
-    of_head = largest_of_head + at * 6 * H + h
-    nu_max, eta_max, centre_norm = tl.load(of_head + H), tl.load(of_head + 2 * H), tl.load(of_head + 5 * H)
     from_centre = length(tl.sum((centre - result) * (centre - result), 0), ROOT, VANISHED)
     norm = length(tl.sum(result * result, 0), ROOT, VANISHED)
     share = exact_total / total
@@ -176,8 +197,8 @@ def _judge(
     delta_max = q_norm * (kappa_max * SLACK)
     e_key = (k0 + k1 * h_bar) / (total * l_minus)
     linear = (g0 + g1 * h_bar) / (total * l_minus)
-    rises = tl.minimum(n_promoted, PER_PROGRAM).to(tl.float32) + 1
-    of_originals = 32 * U * (q_norm * key + tl.abs(reference)) + EXP_RELATIVE_ERROR + rises * 2.0**-21
+    reads = tl.minimum(n_promoted * PIECES, READS).to(tl.float32) + 1
+    of_originals = 32 * U * (q_norm * key + tl.abs(reference)) + EXP_RELATIVE_ERROR + reads * 2.0**-21
     of_originals += eps_original * key * SLACK
     eps = most(eps, of_originals)
     grow = exp_up(least(eps, MAX_DELTA))
@@ -198,13 +219,13 @@ def _judge(
 
     passed = tl.full((C,), 1.0, tl.float32)
     if CANARY:
-        # Promoted tiles weigh by their originals what they weigh by tier 1, within its bound.
-        high, low = _sum(sums, h, 12, PARTS, PARTS_UP, C), _sum(sums, h, 13, PARTS, PARTS_UP, C)
-        slack = exp_up(tl.load(facts + h * 4 * C + C + col) + of_originals + 2.0**-12)
+        # Promoted tiles weigh by their originals, and by tier 1 at its finest where they are not read, what they weigh
+        # by tier 1 at its coarsest, within its bound.
+        slack = exp_up(tl.load(facts + h * 4 * C + C + col) + eps + 2.0**-12)
         from_host = exact_total - of_windows
         rounding = 2.0**-18 * exact_total + 2.0**-100  # of the difference; of what was flushed
         # What is not a number is not an alarm: it fails as such.
-        alarm = (from_host > high * slack + rounding) | (from_host < low / slack - rounding)
+        alarm = (from_host + rest_low > high * slack + rounding) | (from_host + rest_high < low / slack - rounding)
         passed = tl.where(alarm, 0.0, 1.0)
     tl.store(out + (h * C + col[None]) * D + channel[:, None], result)
     to = record + h * ROWS * C + col
@@ -228,10 +249,10 @@ def tiles_and_parts(n_tiles: int) -> tuple[int, int]:
 
 
 def judge(
-    levels: jax.Array,  # [H, flags] int32
-    coarse: jax.Array,  # [H, NT, 4, C] of the scan
-    fine: jax.Array,  # [H, NT, 4, C] of the second pass
-    acc: jax.Array,  # [H, S, d, C] of the second pass
+    words: jax.Array,  # [H, flags] int32, `pallas_kernels.levels`
+    scanned: jax.Array,  # [H, NT, 4, C] of the scan
+    coarse: jax.Array,  # [H, S, d, C] of the second pass
+    fine: tuple[jax.Array, jax.Array],  # [H, S', d, C], [H, NT, 4, C] of the second pass
     windows: tuple[jax.Array, jax.Array],  # [H, W, d, C], [H, W, 4, C]
     promoted: tuple[jax.Array, jax.Array],  # [H, P, d, C], [H, P, 4, C]
     counts: jax.Array,  # [H, COUNTS] int32
@@ -247,20 +268,21 @@ def judge(
     canary: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Outputs `[H, C, d]`, and the rows NORM to PASSED of each head, `[H, ROWS, C]`, float32."""
-    heads, splits, d, columns = acc.shape
-    n_tiles, f32 = coarse.shape[1], jnp.float32
+    heads, splits, d, columns = coarse.shape
+    fine_splits, n_tiles, f32 = fine[0].shape[1], scanned.shape[1], jnp.float32
     tiles, parts = tiles_and_parts(n_tiles)
-    per_part = -(-splits // parts)
+    per_part, fine_per_part = -(-splits // parts), -(-fine_splits // parts)
     shape = dict(H=heads, NT=n_tiles, C=columns, D=d)
     sums, read = launch(
-        _tally, levels, coarse, fine, acc,
+        _tally, words, counts, scanned, fine[1], coarse, fine[0],
         *(notes[x] for x in NOTES), facts, meta, layer,
         out=[
             jax.ShapeDtypeStruct((heads, parts, SUMS.value, columns), f32),
             jax.ShapeDtypeStruct((heads, parts, d, columns), f32),
         ],
-        grid=(heads, parts), FLAGS=levels.shape[1], S=splits, PER_PART=per_part,
-        PER_PART_UP=triton.next_power_of_2(per_part), T=tiles, **shape,
+        grid=(heads, parts), FLAGS=words.shape[1], S=splits, PER_PART=per_part, FINE_S=fine_splits,
+        FINE_PER_PART=fine_per_part, PER_PART_UP=triton.next_power_of_2(max(per_part, fine_per_part)), T=tiles, warps=8,
+        ALL_PIECES=lv.word(lv.PROMOTED, lv.every_piece(d)), **shape,
     )  # fmt: skip
     from_windows, from_host = windows[0].shape[1], promoted[0].shape[1]
     return launch(
@@ -270,9 +292,9 @@ def judge(
             jax.ShapeDtypeStruct((heads, columns, d), f32),
             jax.ShapeDtypeStruct((heads, ROWS.value, columns), f32),
         ],
-        grid=(heads,), warps=8, PARTS=parts, PARTS_UP=triton.next_power_of_2(parts), P=from_host,
-        P_UP=triton.next_power_of_2(from_host), W=from_windows, W_UP=triton.next_power_of_2(from_windows),
+        grid=(heads,), warps=8, PARTS=parts, P=from_host, P_UP=triton.next_power_of_2(from_host), W=from_windows,
         ROOT=d**0.5, VANISHED=rounding.vanished, HIGHEST=rounding.highest, SPLIT=rounding.split,
         TURNING=rounding.turning, DEPTH_GAMMA=rounding.depth_gamma, INFLATE=rounding.inflate,
-        PER_PROGRAM=rounding.per_program, EXP_RELATIVE_ERROR=num.EXP_RELATIVE_ERROR, CANARY=canary, **shape,
+        PIECES=lv.pieces_of_a_tile(d), READS=rounding.reads, EXP_RELATIVE_ERROR=num.EXP_RELATIVE_ERROR, CANARY=canary,
+        **shape,
     )  # fmt: skip

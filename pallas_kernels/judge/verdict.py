@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
+from pallas_kernels import levels as lv
 from pallas_kernels import numerics as num
 from pallas_kernels.device_math import MAX_DELTA, exp_up, expm1_up, least, most, no_nan
 from pallas_kernels.judge.record import ROWS, Rounding, length
 from pallas_kernels.launch import launch
 from pallas_kernels.tile_facts import SLACK, folded
 
-TILE = tl.constexpr(128)
+TILE, COUNTS = tl.constexpr(lv.TILE), tl.constexpr(lv.COUNTS)
 U, UNDERFLOW, FLOOR = tl.constexpr(num.U), tl.constexpr(num.UNDERFLOW), tl.constexpr(num.ABSOLUTE_FLOOR)
 
 
@@ -37,7 +38,7 @@ def _decide(
     norm = tl.load(of, mask=shown, other=0.0)
     own = no_nan(tl.load(of + 4 * C, mask=shown, other=0.0))
     passed = tl.load(of + 9 * C, mask=shown, other=1.0)
-    gone = tl.load(counts + (batch * HEADS + head) * 5 + 4, mask=real, other=0) > 0
+    gone = tl.load(counts + (batch * HEADS + head) * COUNTS + 4, mask=real, other=0) > 0
     fine = (tl.abs(norm) < float("inf")) & (passed > 0)  # NaN is not less
     failed = (tl.sum(tl.sum((~fine).to(tl.int32), 1), 0) > 0) | (tl.load(sound + batch) == 0)
     own = tl.where(gone[:, None] & shown, float("inf"), own)
@@ -83,7 +84,7 @@ def _finish(
     out, returned,  # outputs
     S: tl.constexpr, S_UP: tl.constexpr, AT_ONCE: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr,
     D: tl.constexpr, ROOT: tl.constexpr, VANISHED: tl.constexpr, SPLIT: tl.constexpr, DEPTH_GAMMA: tl.constexpr,
-    PER_PROGRAM: tl.constexpr, EXP_RELATIVE_ERROR: tl.constexpr, N: tl.constexpr,
+    READS: tl.constexpr, EXP_RELATIVE_ERROR: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """The output, its norm and its bound: the candidate's, or those of dense attention."""
     h = tl.program_id(0)
@@ -114,7 +115,7 @@ def _finish(
         exact = folded(exact, D, C)
         key, value = length(key, ROOT, VANISHED), length(value, ROOT, VANISHED)
         of = facts + h * 4 * C + col
-        eps = 32 * U * (tl.load(of) * key) + EXP_RELATIVE_ERROR + PER_PROGRAM * 2.0**-21
+        eps = 32 * U * (tl.load(of) * key) + EXP_RELATIVE_ERROR + READS * 2.0**-21
         eps += tl.load(of + 2 * C) * key * SLACK
         result = exact / total[None]
         accumulated = (SPLIT + 3 * DEPTH_GAMMA) * value
@@ -176,6 +177,6 @@ def finish(
         grid=(heads,), S=splits, S_UP=triton.next_power_of_2(splits),
         AT_ONCE=min(8, triton.next_power_of_2(splits)), GROUP=group, C=columns, D=d, ROOT=d**0.5,
         VANISHED=rounding.vanished,
-        SPLIT=rounding.split, DEPTH_GAMMA=rounding.depth_gamma, PER_PROGRAM=rounding.per_program,
+        SPLIT=rounding.split, DEPTH_GAMMA=rounding.depth_gamma, READS=rounding.reads,
         EXP_RELATIVE_ERROR=num.EXP_RELATIVE_ERROR, N=float(capacity),
     )  # fmt: skip

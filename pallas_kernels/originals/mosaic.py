@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic as mg
-from pallas_kernels.mosaic import TILE
+from pallas_kernels.levels import TILE, TILES_READ, pieces_of, pieces_of_a_tile, tokens_of_a_piece
 from pallas_kernels.query import PARTS, SHIFT_EXACT, UNIT_EXACT, together
 
 ROWS = 64
@@ -27,10 +27,10 @@ LOWEST = -1e30
 
 
 def load_from_host(sources, targets) -> None:
-    """Halves of tiles, `[HALF, d]` bfloat16, of memory that the copy engine does not reach, by the threads themselves:
+    """Some tokens of each, `[n, d]` bfloat16, of memory that the copy engine does not reach, by the threads themselves:
     all are on their way before the first arrives."""
-    d = sources[0].shape[-1]
-    copied = plgpu.Layout.SMEM_GMEM_COPY((HALF, d), jnp.bfloat16, plgpu.find_swizzle(16 * d))
+    n, d = sources[0].shape
+    copied = plgpu.Layout.SMEM_GMEM_COPY((n, d), jnp.bfloat16, plgpu.find_swizzle(16 * d))
     tiles = [plgpu.load(source, layout=copied, optimized=False) for source in sources]
     for tile, target in zip(tiles, targets, strict=True):
         target[...] = tile
@@ -88,21 +88,30 @@ def nothing(d: int, columns: int):
 
 def store_result(carry, out, sums, out_ref, sums_ref) -> None:
     acc, *rest = carry
-    for j, part in enumerate(acc):
+    store_parts(acc, out, out_ref)
+    store_rows(rest, sums, sums_ref)
+
+
+def store_parts(parts, out, ref) -> None:
+    """`ROWS` rows each, by way of `out` in shared memory."""
+    for j, part in enumerate(parts):
         out[pl.ds(j * ROWS, ROWS)] = part
-    for i, row in enumerate(rest):
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(out, ref)
+
+
+def store_rows(rows, sums, ref) -> None:
+    for i, row in enumerate(rows):
         sums[i] = row
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(out, out_ref)
-    plgpu.copy_smem_to_gmem(sums, sums_ref)
+    plgpu.copy_smem_to_gmem(sums, ref)
 
 
 def attend_chosen_originals(
-    h, part, layer, length, flags_ref, level: int, q_ref, numbers_ref, host_refs, found_refs, parts: int, *,
-    alone: bool, interpret,
-):  # fmt: skip
-    """What program `part` of `parts` does for a head: attend to the tiles that `flags_ref` has at a level, or to a half
-    of each: one processor takes 10 us to read a tile over the bus, two take half of that."""
+    h, part, layer, length, flags_ref, q_ref, numbers_ref, host_refs, found_refs, parts: int, *, alone: bool, interpret
+):
+    """What program `part` of `parts` does for a head: attend to the tiles that `flags_ref` has at 1, or to a half of
+    each: one processor takes 10 us to read a tile over the bus, two take half of that."""
     sharing = 2 - parts % 2
     k_ref, v_ref = host_refs
     acc_ref, sums_ref = found_refs
@@ -113,7 +122,7 @@ def attend_chosen_originals(
         plgpu.copy_gmem_to_smem(flags_ref.at[h], flags, barrier)
         load_exact_queries(h, q_ref, numbers_ref, queries, numbers, barrier)
         plgpu.barrier_wait(barrier)
-        count = mg.list_chosen(flags, level, order, part // sharing, parts // sharing)
+        count = mg.list_chosen(flags, lambda flag: flag == 1, order, part // sharing, parts // sharing)
         unit = mg.over_rows(numbers[UNIT_EXACT], HALF)
         shift = jnp.zeros((HALF, columns), jnp.float32) if alone else mg.over_rows(numbers[SHIFT_EXACT], HALF)
 
@@ -134,16 +143,69 @@ def attend_chosen_originals(
     return attend
 
 
+def attend_promoted_pieces(
+    h, part, layer, words_ref, summary_ref, q_ref, numbers_ref, host_refs, found_refs, parts: int, *, interpret
+):
+    """What program `part` of `parts` does for a head: attend to one piece of every tile of its share, where that is
+    promoted. A program that finds none says so by a total of 0, and by nothing else."""
+    k_ref, v_ref = host_refs
+    acc_ref, sums_ref = found_refs
+
+    def attend(flags, numbers, order, out, sums, barrier, *rest):
+        queries, (keys, values, weights, summary) = rest[:PARTS], rest[PARTS:]
+        d, columns = out.shape
+        pieces, size = pieces_of_a_tile(d), tokens_of_a_piece(d)
+        plgpu.copy_gmem_to_smem(words_ref.at[h], flags, barrier)
+        plgpu.copy_gmem_to_smem(summary_ref.at[h], summary, barrier)
+        load_exact_queries(h, q_ref, numbers_ref, queries, numbers, barrier)
+        plgpu.barrier_wait(barrier)
+        piece = part % pieces
+        count = mg.list_in_chunks(
+            flags, summary, lambda n: n % TILES_READ > 0, lambda word: (pieces_of(word) >> piece) & 1 == 1, order,
+            part // pieces, parts // pieces,
+        )  # fmt: skip
+        unit, shift = (mg.over_rows(numbers[i], HALF) for i in (UNIT_EXACT, SHIFT_EXACT))
+        for tile in (keys, values):  # a product takes HALF rows, of which a piece fills the first
+            tile[...] = jnp.zeros((HALF, d), jnp.bfloat16)
+
+        def visit(i, carry):
+            here, there = pl.ds(order[i] * TILE + piece * size, size), pl.ds(0, size)
+            plgpu.commit_smem()  # a barrier: no warp reads the piece before any more
+            load_from_host((k_ref.at[layer, h, here], v_ref.at[layer, h, here]), (keys.at[there], values.at[there]))
+            return attend_original_tile(size, queries, unit, shift, keys, values, weights, carry, interpret)
+
+        acc, *rest = lax.fori_loop(0, count, visit, nothing(d, columns))
+        store_rows(rest, sums, sums_ref.at[h, part])
+
+        @pl.when(count > 0)
+        def _():
+            store_parts(acc, out, acc_ref.at[h, part])
+
+        plgpu.wait_smem_to_gmem(0)
+
+    return attend
+
+
 def scratch_of_originals(rows: tuple[int, int], parts: int, q) -> list:
     """Shared memory for what `attend_chosen_originals` returns. `rows`: of the flags."""
+    return _scratch(rows, -(-rows[0] * rows[1] * (2 - parts % 2) // parts), 2, q)
+
+
+def scratch_of_pieces(rows: tuple[int, int], summary: tuple[int], parts: int, q) -> list:
+    """The same for `attend_promoted_pieces`."""
+    listed = -(-rows[0] * rows[1] // (parts // pieces_of_a_tile(q.parts.shape[3])))
+    return [*_scratch(rows, listed, 3, q), plgpu.SMEM(summary, jnp.int32)]
+
+
+def _scratch(rows: tuple[int, int], listed: int, copies: int, q) -> list:
     columns, d = q.parts.shape[2:]
     return [
         plgpu.SMEM(rows, jnp.int32),
         plgpu.SMEM(q.numbers.shape[1:], jnp.float32),
-        plgpu.SMEM((-(-rows[0] * rows[1] * (2 - parts % 2) // parts),), jnp.int32),
+        plgpu.SMEM((listed,), jnp.int32),
         plgpu.SMEM((d, columns), jnp.float32),
         plgpu.SMEM((4, columns), jnp.float32),
-        plgpu.Barrier(num_arrivals=2 + PARTS),
+        plgpu.Barrier(num_arrivals=copies + PARTS),
         *[mg.tile_ref((columns, d), jnp.bfloat16)] * PARTS,
         *[mg.tile_ref((HALF, d), jnp.bfloat16)] * 2,
         mg.weights_ref(columns, tokens=HALF),
@@ -161,7 +223,7 @@ def attend_originals(layer, meta, chosen, some, q, keys, values, *, splits: int,
         @pl.when(some_ref[h] > 0)
         def _():
             attend = attend_chosen_originals(
-                h, split, layer_ref[0], meta_ref[h, 2], chosen_ref, 1, q_ref, numbers_ref, (k_ref, v_ref),
+                h, split, layer_ref[0], meta_ref[h, 2], chosen_ref, q_ref, numbers_ref, (k_ref, v_ref),
                 (acc_ref, sums_ref), splits, alone=alone, interpret=interpret,
             )  # fmt: skip
             pl.run_scoped(attend, *scratch_of_originals(chosen.shape[1:], splits, q))

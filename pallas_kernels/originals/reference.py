@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.levels import TILE, promoted_pieces, tokens_of_a_piece
 from pallas_kernels.query import PARTS, SHIFT_EXACT, UNIT_EXACT, Operands, distinct, together, twice, whole
 
-TILE = 128
 LOWEST = -1e30
 """Score of what is not attended to."""
 
@@ -15,15 +15,17 @@ LOWEST = -1e30
 def attend_tile_of_originals(
     keys: jax.Array,  # [H, 128, d]
     values: jax.Array,  # [H, 128, d]
-    live: jax.Array,  # [H] int32, tokens to attend to, the first ones
+    live: jax.Array,  # [H] int32, tokens to attend to, the first ones; or which, [H, 128] bool
     q: Operands,
     alone: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """`sum w v` [H, d, G], and [H, 4, G], of the G = C/2 first columns: `sum w`, the squares of the longest key and of
-    the longest value (of all tokens of a tile that has a live one; what is not live must be finite), and the largest
-    score x, with `w_t = 2^(x_t - x)`."""
-    seen = (jnp.arange(TILE) < live[:, None])[..., None]
-    k, v = keys.astype(jnp.float32), values.astype(jnp.float32)
+    the longest value (where the first ones are attended to, of all tokens of a tile that has one; what is not must be
+    finite), and the largest score x, with `w_t = 2^(x_t - x)`."""
+    first = live.ndim == 1
+    seen = ((jnp.arange(TILE) < live[:, None]) if first else live)[..., None]
+    read = jnp.broadcast_to((live > 0)[:, None], (live.shape[0], TILE)) if first else live
+    k, v = (jnp.where(read[..., None], x.astype(jnp.float32), 0.0) for x in (keys, values))
     parts = distinct(q.wide[:, PARTS:], 2).astype(jnp.float32)
     dot = together(jnp.einsum("htd,hpcd->phtc", k, parts, precision="highest"))
     shift = 0.0 if alone else q.row(SHIFT_EXACT)
@@ -33,8 +35,7 @@ def attend_tile_of_originals(
     w = jnp.where(seen, jnp.exp2(x - peak[:, None]), 0.0)
     acc = jnp.einsum("htd,htc->hdc", v, w, precision="highest")
     total = w.sum(1)
-    some = (live > 0)[:, None]
-    longest = (jnp.where(some, (x * x).sum(-1).max(1, keepdims=True), jnp.zeros_like(total)) for x in (k, v))
+    longest = (jnp.broadcast_to((x * x).sum(-1).max(1, keepdims=True), total.shape) for x in (k, v))
     return acc, jnp.stack([total, *longest, peak], 1)
 
 
@@ -50,21 +51,39 @@ def attend_originals(
     splits: int = 1,
     alone: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """As `attend_tile_of_originals`, of the chosen tiles: [H, S, d, C], halves to be
-    added up, and [H, S, 4, C], in S = `splits` parts, programs
-    that share the tiles of a head. `alone`: scores are not less the reference, which rests on what is known of tier 1.
-    """
-    heads, n, d = keys.shape[1:]
-    length = meta[:, 2]
-    k, v = (_on_device(x, layer[0]).reshape(heads, -1, TILE, d).swapaxes(0, 1) for x in (keys, values))
+    """As `attend_tile_of_originals`, of the chosen tiles: [H, S, d, C], halves to be added up, and [H, S, 4, C], in
+    S = `splits` parts, programs that share the tiles of a head. `alone`: scores are not less the reference, which rests
+    on what is known of tier 1."""
+    n = keys.shape[2]
     start = jnp.arange(n // TILE) * TILE
-    flags = chosen[:, : n // TILE].T  # [NT, H]
+    live = jnp.where(chosen[:, : n // TILE] > 0, meta[:, 2:] - start, 0)
+    return _in_parts(layer, live, q, keys, values, splits, alone)
+
+
+def attend_pieces(
+    layer: jax.Array,
+    words: jax.Array,  # [H, NT] int32, `pallas_kernels.levels`
+    q: Operands,
+    keys: jax.Array,
+    values: jax.Array,
+    *,
+    splits: int = 1,
+) -> tuple[jax.Array, jax.Array]:
+    """As `attend_originals`, of the pieces that are promoted."""
+    d = keys.shape[3]
+    live = jnp.repeat(promoted_pieces(words, d), tokens_of_a_piece(d), axis=2)  # [H, NT, 128]
+    return _in_parts(layer, live, q, keys, values, splits, False)
+
+
+def _in_parts(layer, live, q: Operands, keys, values, splits: int, alone: bool) -> tuple[jax.Array, jax.Array]:
+    """`live`: of each tile as `attend_tile_of_originals` takes it, [H, NT, ...]."""
+    heads, _, d = keys.shape[1:]
+    k, v = (_on_device(x, layer[0]).reshape(heads, -1, TILE, d).swapaxes(0, 1) for x in (keys, values))
 
     def tile(x):
-        k, v, start, flag = x
-        return attend_tile_of_originals(k, v, jnp.where(flag > 0, length - start, 0), q, alone)
+        return attend_tile_of_originals(*x, q, alone)
 
-    acc, sums = jax.lax.map(tile, (k, v, start, flags))  # [NT, H, d, G], [NT, H, 4, G]
+    acc, sums = jax.lax.map(tile, (k, v, live.swapaxes(0, 1)))  # [NT, H, d, G], [NT, H, 4, G]
     pad = -acc.shape[0] % splits
     acc = jnp.pad(acc, ((0, pad), (0, 0), (0, 0), (0, 0)))
     sums = jnp.concatenate([sums, jnp.zeros((pad, *sums.shape[1:])).at[:, :, 3].set(LOWEST)])

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
+from pallas_kernels import levels as lv
 from pallas_kernels.device_math import exp_down, expm1_up, least, most, no_nan, product, rounded
 from pallas_kernels.launch import launch
 from pallas_kernels.tile_facts import (
@@ -35,9 +36,13 @@ FIELDS = tl.constexpr(5)
 as a share of the first, of what scores may hide. Of the windows: sum of w, largest nu, and of m, their mean value less
 the centre, its square, its product with the centre, the centre's square."""
 
-COUNTS = tl.constexpr(5)
-CHUNK = 128
-"""Tiles that a program of `_offer` looks at."""
+COUNTS = tl.constexpr(lv.COUNTS)
+PROMOTED, WHOLE = tl.constexpr(lv.PROMOTED), tl.constexpr(lv.PROMOTED + 1)
+"""Levels while they are chosen: some pieces of a tile, all of them."""
+
+CHUNK, TILES_READ = lv.CHUNK, tl.constexpr(lv.TILES_READ)
+AT_ONCE = tl.constexpr(8)
+"""Promoted tiles whose pieces are chosen at once."""
 
 LARGEST = tl.constexpr(1e30)
 
@@ -80,20 +85,10 @@ def _weigh(
 
 @triton.jit
 def _of_chunks(weighed, field, head, CHUNKS: tl.constexpr, CHUNKS_UP: tl.constexpr, C: tl.constexpr, here):
-    """A sum over a head's chunks of tiles, [heads, C]."""
+    """Of heads' chunks of tiles, [heads, chunks, C]."""
     chunk = tl.arange(0, CHUNKS_UP)[None, :, None]
     of = weighed + ((head[:, None, None] * (CHUNKS + 1) + chunk) * FIELDS + field) * C + tl.arange(0, C)[None, None]
-    return tl.sum(tl.load(of, mask=here[:, None, None] & (chunk < CHUNKS), other=0.0), 1)
-
-
-@triton.jit
-def _squares_of_chunks(weighed, total, head, CHUNKS: tl.constexpr, CHUNKS_UP: tl.constexpr, C: tl.constexpr, here):
-    """Field 2 of a head's chunks, each by the square of its chunk's share of `total`: [heads, C]."""
-    chunk = tl.arange(0, CHUNKS_UP)[None, :, None]
-    of = weighed + (head[:, None, None] * (CHUNKS + 1) + chunk) * FIELDS * C + tl.arange(0, C)[None, None]
-    mask = here[:, None, None] & (chunk < CHUNKS)
-    share = tl.load(of, mask=mask, other=0.0) / total[:, None]
-    return tl.sum(tl.load(of + 2 * C, mask=mask, other=0.0) * (share * share), 1)
+    return tl.load(of, mask=here[:, None, None] & (chunk < CHUNKS), other=0.0)
 
 
 @triton.jit
@@ -111,25 +106,46 @@ def _own(x, mine):
 @triton.jit
 def _offer(
     stats, kappa, eta, nu, sigma_k, sigma_v, rho_k, rho_v, facts, weighed, aim, meta, layer,  # inputs
-    costs, left,  # outputs
+    costs, shares, left,  # outputs
     H: tl.constexpr, HEADS: tl.constexpr, HEADS_UP: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_UP: tl.constexpr,
     NT: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, T: tl.constexpr, RELATIVE_TO: tl.constexpr,
     TOLERANCE: tl.constexpr, MARGIN: tl.constexpr, POOLED: tl.constexpr, COARSE_FEE: tl.constexpr,
-    HOST_FEE: tl.constexpr, SUMMED: tl.constexpr,
+    HOST_FEE: tl.constexpr, PIECES: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
     h, chunk, at = tl.program_id(0), tl.program_id(1), tl.load(layer)
     col, t = tl.arange(0, C), chunk * T + tl.arange(0, T)
     row = tl.arange(0, HEADS_UP)
     head, here, mine = h // HEADS * HEADS + row, row < HEADS, row == h % HEADS
-    exact = _of_windows(weighed, 0, head, CHUNKS, C, here)
-    total = _of_chunks(weighed, 0, head, CHUNKS, CHUNKS_UP, C, here) + exact
-    unseen = _squares_of_chunks(weighed, total, head, CHUNKS, CHUNKS_UP, C, here)
-    moved = _of_windows(weighed, 2, head, CHUNKS, C, here)
-    along, centre = _of_windows(weighed, 3, head, CHUNKS, C, here), _of_windows(weighed, 4, head, CHUNKS, C, here)
+    # Everything is loaded first: a load that comes after a sum over several warps waits for it.
+    weight = _of_chunks(weighed, 0, head, CHUNKS, CHUNKS_UP, C, here)
+    weight_nu = _of_chunks(weighed, 1, head, CHUNKS, CHUNKS_UP, C, here)
+    square_of_chunk = _of_chunks(weighed, 2, head, CHUNKS, CHUNKS_UP, C, here)
+    lost = _of_chunks(weighed, 3, head, CHUNKS, CHUNKS_UP, C, here)
+    exact, exact_nu = _of_windows(weighed, 0, head, CHUNKS, C, here), _of_windows(weighed, 1, head, CHUNKS, C, here)
+    moved, along = _of_windows(weighed, 2, head, CHUNKS, C, here), _of_windows(weighed, 3, head, CHUNKS, C, here)
+    centre = _of_windows(weighed, 4, head, CHUNKS, C, here)
+    tolerance = MARGIN * TOLERANCE * tl.load(aim + at * (H // HEADS) + h // HEADS)
+    q_norm, eps = tl.load(facts + h * 4 * C + col), tl.load(facts + h * 4 * C + C + col)
+    first, end = tl.load(meta + h * 3), tl.load(meta + h * 3 + 1)
+    active = (t >= first) & (t < end)
+    noted = (at * H + h) * NT + t
+    nu_peak = number(nu + noted, active)
+    kappa_0, kappa_1 = number(kappa + noted * 2, active), number(kappa + noted * 2 + 1, active)
+    sigma_k0, sigma_k1 = number(sigma_k + noted * 2, active), number(sigma_k + noted * 2 + 1, active)
+    rho_k0, rho_k1 = number(rho_k + noted * 2, active), number(rho_k + noted * 2 + 1, active)
+    eta_0, eta_1 = number(eta + noted * 2, active)[:, None], number(eta + noted * 2 + 1, active)[:, None]
+    rho_v0, rho_v1 = number(rho_v + noted * 2, active)[:, None], number(rho_v + noted * 2 + 1, active)[:, None]
+    sigma_v0, sigma_v1 = number(sigma_v + noted * 3, active)[:, None], number(sigma_v + noted * 3 + 1, active)[:, None]
+    sigma_v2 = number(sigma_v + noted * 3 + 2, active)[:, None]
+    a, n, norm, scaled = tile_sums(stats, h * NT + t, nu_peak, active, C)
+    keyed, keyed_n = keyed_sums(stats, h * NT + t, nu_peak, active, C)
+
+    total = tl.sum(weight, 1) + exact
+    share = weight / total[:, None]
+    unseen = tl.sum(square_of_chunk * (share * share), 1)
     share = exact / total
     from_centre = moved * (share * share) + unseen
     squares = tl.where(here[:, None], from_centre + 2 * along * share + centre, 0.0)
-    tolerance = MARGIN * TOLERANCE * tl.load(aim + at * (H // HEADS) + h // HEADS)
     if RELATIVE_TO == "absolute":
         room = tl.full((C,), 1.0, tl.float32) * tolerance
     else:
@@ -140,84 +156,86 @@ def _offer(
             square = _own(squares, mine)
         room = tl.where(square < float("inf"), tolerance * tl.sqrt(square), 0.0)
     h_bar = tl.sqrt(_own(from_centre, mine)) + 2 * room  # what the values may add to it
-    nus = _of_chunks(weighed, 1, head, CHUNKS, CHUNKS_UP, C, here)
-    nu_mean = _own((nus + exact * _of_windows(weighed, 1, head, CHUNKS, C, here)) / total, mine)
-    l_minus = 1 - _own(_of_chunks(weighed, 3, head, CHUNKS, CHUNKS_UP, C, here) / total, mine)
+    nu_mean = _own((tl.sum(weight_nu, 1) + exact * exact_nu) / total, mine)
+    l_minus = 1 - _own(tl.sum(lost, 1) / total, mine)
     total = _own(total, mine)
     kept = (col < GROUP)[None]
 
-    first, end = tl.load(meta + h * 3), tl.load(meta + h * 3 + 1)
-    active = (t >= first) & (t < end)
-    noted = (at * H + h) * NT + t
-    nu_peak = number(nu + noted, active)
-    a, n, norm, scaled = tile_sums(stats, h * NT + t, nu_peak, active, C)
-    q_norm = tl.load(facts + h * 4 * C + col)
-    keyed, keyed_n = keyed_sums(stats, h * NT + t, nu_peak, active, C)
-    k0, k1, _, _ = key_terms(
-        a, n, norm, keyed, keyed_n, q_norm, number(kappa + noted * 2, active), number(sigma_k + noted * 2, active),
-        number(rho_k + noted * 2, active), nu_peak,
-    )  # fmt: skip
+    k0, k1, _, _ = key_terms(a, n, norm, keyed, keyed_n, q_norm, kappa_0, sigma_k0, rho_k0, nu_peak)
     coarse_keys = (k0 + k1 * h_bar[None]) / l_minus[None]
-    k0, k1, _, _ = key_terms(
-        a, n, norm, keyed, keyed_n, q_norm, number(kappa + noted * 2 + 1, active),
-        number(sigma_k + noted * 2 + 1, active), number(rho_k + noted * 2 + 1, active), nu_peak,
-    )  # fmt: skip
+    k0, k1, _, _ = key_terms(a, n, norm, keyed, keyed_n, q_norm, kappa_1, sigma_k1, rho_k1, nu_peak)
     fine_keys = (k0 + k1 * h_bar[None]) / l_minus[None]
-    skipped = least(n, number(sigma_v + noted * 3, active)[:, None] * norm)
-    coarse = number(sigma_v + noted * 3 + 1, active)[:, None] * norm
-    of_eta, of_rho = number(eta + noted * 2, active)[:, None], number(rho_v + noted * 2, active)[:, None]
-    coarse = least(linear_value_terms(a, scaled, of_eta, of_rho), coarse)
-    fine = number(sigma_v + noted * 3 + 2, active)[:, None] * norm
-    of_eta, of_rho = number(eta + noted * 2 + 1, active)[:, None], number(rho_v + noted * 2 + 1, active)[:, None]
-    fine = least(linear_value_terms(a, scaled, of_eta, of_rho), fine)
+    skipped = least(n, sigma_v0 * norm)
+    coarse = least(linear_value_terms(a, scaled, eta_0, rho_v0), sigma_v1 * norm)
+    fine = least(linear_value_terms(a, scaled, eta_1, rho_v1), sigma_v2 * norm)
     of_total, of_room = (1 / total)[None], (1 / room)[None]
     shown = kept & active[:, None]
     o0 = tl.where(shown, least(no_nan((coarse_keys + skipped) * of_total * of_room), LARGEST), 0.0)
     o1 = tl.where(shown, least(no_nan((coarse_keys + coarse) * of_total * of_room), LARGEST), 0.0)
     o2 = tl.where(shown, least(no_nan((fine_keys + fine) * of_total * of_room), LARGEST), 0.0)
+    heaviest = norm / most(a, 2.0**-120)
+    o3 = o2 * (1 - heaviest * heaviest)  # what may be left once the heaviest token's piece is read from the host
     if POOLED:
         c0 = tl.sqrt(tl.sum(o0 * o0, 1) * (1 / GROUP))
         c1 = tl.sqrt(tl.sum(o1 * o1, 1) * (1 / GROUP))
         c2 = tl.sqrt(tl.sum(o2 * o2, 1) * (1 / GROUP))
+        c3 = tl.sqrt(tl.sum(o3 * o3, 1) * (1 / GROUP))
     else:
-        c0, c1, c2 = tl.max(o0, 1), tl.max(o1, 1), tl.max(o2, 1)
-    to = costs + h * 3 * NT + t
+        c0, c1, c2, c3 = tl.max(o0, 1), tl.max(o1, 1), tl.max(o2, 1), tl.max(o3, 1)
+    to = costs + h * 4 * NT + t
     tl.store(to, c0, mask=t < NT)
     tl.store(to + NT, c1, mask=t < NT)
     tl.store(to + 2 * NT, c2, mask=t < NT)
+    tl.store(to + 3 * NT, c3, mask=t < NT)
+    to = shares + (h * NT + t[:, None]) * (C // 2) + col[None]
+    tl.store(to, o2, mask=(t < NT)[:, None] & (col < C // 2)[None])
 
     j = tl.arange(0, PRICES)
     price = tl.exp2(-j.to(tl.float32) / STEPS)[:, None]
-    level = _levels(c0[None], c1[None], c2[None], price, COARSE_FEE, HOST_FEE)  # [J, T]
+    level = _levels(c0[None], c1[None], c2[None], c3[None], price, COARSE_FEE, HOST_FEE, PIECES)  # [J, T]
     # Sums over tiles by the matrix unit; estimates may be off by the 2^-9 of its operands.
     remains = product((level == 0).to(tl.float32), rounded(o0)) + product((level == 1).to(tl.float32), rounded(o1))
-    remains += product((level == 2).to(tl.float32), rounded(o2))
+    remains += product((level == 2).to(tl.float32), rounded(o2)) + product((level == 3).to(tl.float32), rounded(o3))
     if chunk == 0:
-        rounding = 1.25 * expm1_up(tl.load(facts + h * 4 * C + C + col)) * (nu_mean + h_bar) + SUMMED * nu_mean
+        rounding = 1.25 * expm1_up(eps) * (nu_mean + h_bar) + SUMMED * nu_mean
         remains += tl.where(col < GROUP, no_nan(rounding / room), 0.0)[None]
     to = left + ((h * CHUNKS + chunk) * PRICES + j[:, None]) * (C // 2) + col[None]
     tl.store(to, remains, mask=(col < C // 2)[None])
 
 
 @triton.jit
-def _levels(skip, coarse, fine, price, COARSE_FEE: tl.constexpr, HOST_FEE: tl.constexpr):
-    """0 skip, 1 coarse, 2 finest, 3 promote: whichever is the least, its fee included."""
+def _levels(skip, coarse, fine, some, price, COARSE_FEE: tl.constexpr, HOST_FEE: tl.constexpr,
+            PIECES: tl.constexpr):  # fmt: skip
+    """0 skip, 1 coarse, 2 finest, 3 promote a piece, 4 or all: whichever is the least, its fee included."""
     coarse = coarse + COARSE_FEE * price
     fine = fine + price
     lowest = tl.minimum(tl.minimum(skip, coarse), fine)
     level = tl.where(skip <= lowest, 0, tl.where(coarse <= lowest, 1, 2))
-    return tl.where(lowest > price * HOST_FEE, 3, level)
+    some = some + price * (1 + HOST_FEE / PIECES)
+    level = tl.where(some < lowest, PROMOTED, level)
+    return tl.where(price * HOST_FEE < tl.minimum(lowest, some), WHOLE, level)
+
+
+@triton.jit
+def _level_at(costs, h, t, active, price, NT: tl.constexpr, COARSE_FEE: tl.constexpr, HOST_FEE: tl.constexpr,
+              PIECES: tl.constexpr):  # fmt: skip
+    of = costs + h * 4 * NT + t
+    return _levels(
+        tl.load(of, mask=active, other=0.0), tl.load(of + NT, mask=active, other=0.0),
+        tl.load(of + 2 * NT, mask=active, other=0.0), tl.load(of + 3 * NT, mask=active, other=0.0), price, COARSE_FEE,
+        HOST_FEE, PIECES,
+    )  # fmt: skip
 
 
 @triton.jit
 def _settle(
-    costs, left, meta,  # inputs
-    levels, counts,  # outputs
+    costs, left, shares, weights, meta,  # inputs
+    words, counts, summary,  # outputs
     HEADS: tl.constexpr, HEADS_UP: tl.constexpr, NT: tl.constexpr, FLAGS: tl.constexpr, N_CHUNKS: tl.constexpr,
     GROUP: tl.constexpr, C: tl.constexpr, T: tl.constexpr, POOLED: tl.constexpr, COARSE_FEE: tl.constexpr,
-    HOST_FEE: tl.constexpr, MAX_PROMOTED: tl.constexpr,
+    HOST_FEE: tl.constexpr, PIECES: tl.constexpr, MAX_PROMOTED: tl.constexpr,
 ):  # fmt: skip
-    h = tl.program_id(0)
+    h, own = tl.program_id(0), tl.program_id(1)
     j, col, tile = tl.arange(0, PRICES), tl.arange(0, C // 2), tl.arange(0, T)
     row = tl.arange(0, HEADS_UP)[:, None, None]
     remains = tl.zeros((HEADS_UP, PRICES, C // 2), tl.float32)
@@ -230,39 +248,62 @@ def _settle(
     dearer = tl.sum((~(worst <= 1)).to(tl.int32), 0)
     price = tl.exp2(-dearer.to(tl.float32) / STEPS)
     first, end = tl.load(meta + h * 3), tl.load(meta + h * 3 + 1)
-    n_promoted = tl.zeros((T,), tl.int32)
-    for start in range(0, NT, T):
+    # All programs of a head evaluate the same: what one counts is what the others store.
+    n_coarse, n_finest, n_promoted = tl.zeros((T,), tl.int32), tl.zeros((T,), tl.int32), tl.zeros((T,), tl.int32)
+    mine = tl.zeros((T,), tl.int32)
+    for start in tl.range(0, NT, T, loop_unroll_factor=8):
         t = start + tile
         active = (t >= first) & (t < end)
-        cost = costs + h * 3 * NT + t
-        level = _levels(
-            tl.load(cost, mask=active, other=0.0), tl.load(cost + NT, mask=active, other=0.0),
-            tl.load(cost + 2 * NT, mask=active, other=0.0), price, COARSE_FEE, HOST_FEE,
-        )  # fmt: skip
-        n_promoted += ((level == 3) & active).to(tl.int32)
-    n_active, some = tl.maximum(end - first, 0), tl.sum(n_promoted, 0)
-    stays = tl.where((some <= MAX_PROMOTED * n_active.to(tl.float32)) & (dearer < PRICES), 1, 0)
-    # Counted is what is stored: another evaluation may settle a tie differently.
-    n_coarse, n_finest, n_promoted = tl.zeros((T,), tl.int32), tl.zeros((T,), tl.int32), tl.zeros((T,), tl.int32)
-    for start in range(0, FLAGS, T):
-        t = start + tile
-        active = (t >= first) & (t < end) & (t < NT)
-        cost = costs + h * 3 * NT + t
-        level = _levels(
-            tl.load(cost, mask=active, other=0.0), tl.load(cost + NT, mask=active, other=0.0),
-            tl.load(cost + 2 * NT, mask=active, other=0.0), price, COARSE_FEE, HOST_FEE,
-        )  # fmt: skip
-        level = tl.where(active, level * stays, 0)
-        tl.store(levels + h * FLAGS + t, level, mask=t < FLAGS)
+        level = _level_at(costs, h, t, active, price, NT, COARSE_FEE, HOST_FEE, PIECES)
+        level = tl.where(active, level, 0)
+        mine = tl.where(start == own * T, level, mine)
         n_coarse += (level == 1).to(tl.int32)
         n_finest += (level == 2).to(tl.int32)
-        n_promoted += (level == 3).to(tl.int32)
-    to = counts + h * COUNTS
-    tl.store(to, n_active)
-    tl.store(to + 1, tl.sum(n_coarse, 0))
-    tl.store(to + 2, tl.sum(n_finest, 0))
-    tl.store(to + 3, tl.sum(n_promoted, 0))
-    tl.store(to + 4, 1 - stays)
+        n_promoted += (level >= PROMOTED).to(tl.int32)
+    n_active, n_promoted = tl.maximum(end - first, 0), tl.sum(n_promoted, 0)
+    stays = tl.where((n_promoted <= MAX_PROMOTED * n_active.to(tl.float32)) & (dearer < PRICES), 1, 0)
+    mine *= stays
+    if own == 0:
+        to = counts + h * COUNTS
+        tl.store(to, n_active)
+        tl.store(to + 1, tl.sum(n_coarse, 0) * stays)
+        tl.store(to + 2, tl.sum(n_finest, 0) * stays)
+        tl.store(to + 3, n_promoted * stays)
+        tl.store(to + 4, 1 - stays)
+
+    # Which pieces: each would add its share of the tile's weights.
+    word = tl.where(mine == WHOLE, 3 | ((2**PIECES - 1) << 8), mine)
+    rank = tl.cumsum((mine == PROMOTED).to(tl.int32), 0) - 1
+    piece, token, i = tl.arange(0, PIECES), tl.arange(0, T), tl.arange(0, AT_ONCE)
+    done, some = 0, tl.sum((mine == PROMOTED).to(tl.int32), 0)
+    while done < some:
+        found = (rank[None] == done + i[:, None]) & (mine == PROMOTED)[None]  # [AT_ONCE, T]
+        valid = tl.sum(found.to(tl.int32), 1) > 0
+        at = own * T + tl.sum(tl.where(found, tile[None], 0), 1)
+        here = h * NT + at
+        source = weights + ((here[:, None] * C + col[None]) * T)[:, :, None] + token[None, None]
+        w = tl.load(source, mask=valid[:, None, None], other=0.0).to(tl.float32)
+        w += tl.load(source + C // 2 * T, mask=valid[:, None, None], other=0.0).to(tl.float32)
+        of_piece = tl.sum(tl.reshape(w, (AT_ONCE, C // 2, PIECES, T // PIECES)), 3)
+        share = of_piece / most(tl.sum(of_piece, 2), 2.0**-120)[:, :, None]
+        of_tile = tl.load(shares + here[:, None] * (C // 2) + col[None], mask=valid[:, None], other=0.0)
+        worth = of_tile[:, :, None] * share
+        worth = tl.sqrt(tl.sum(worth * worth, 1) * (1 / GROUP)) if POOLED else tl.max(worth, 1)  # [AT_ONCE, PIECES]
+        # The dearest, until the others come to no more than was said to be left.
+        one, other = worth[:, :, None], worth[:, None]
+        behind = (other < one) | ((other == one) & (piece[None] >= piece[:, None])[None])
+        rest = tl.sum(tl.where(behind, other, 0.0), 2)
+        left_over = tl.load(costs + (h * 4 + 3) * NT + at, mask=valid, other=0.0)
+        dear = (~(rest <= left_over[:, None])).to(tl.int32)
+        bits = 3 | (tl.sum(dear << piece[None], 1) << 8)
+        chosen = tl.sum(tl.where(found, bits[:, None], 0), 0)
+        word = tl.where(chosen > 0, chosen, word)
+        done += AT_ONCE
+    t = own * T + tile
+    tl.store(words + h * FLAGS + t, word, mask=t < FLAGS)
+    n = tl.sum((((word >> 8)[:, None] >> piece[None]) & 1), 1)
+    n += tl.where((mine == 2) | ((mine >= PROMOTED) & (n < PIECES)), TILES_READ, 0)
+    tl.store(summary + h * tl.num_programs(1) + own, tl.sum(n, 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,7 +324,7 @@ class Terms:
 
 
 def choose(
-    scan: tuple[jax.Array, jax.Array, jax.Array],  # stats [H, NT, 4, C], acc [H, W, d, C], sums [H, W, 4, C]
+    scan: tuple[jax.Array, ...],  # stats [H, NT, 4, C], weights [H, NT, C, 128], acc [H, W, d, C], sums [H, W, 4, C]
     notes: dict[str, jax.Array],  # peaks and spectral norms, [L, H, NT, ...] bfloat16
     facts: jax.Array,  # [H, 4, C] of `prepare_queries`
     largest: jax.Array,  # [L, 6, H]
@@ -294,9 +335,9 @@ def choose(
     terms: Terms,
     flags: int,  # length of a head's row of flags, at least NT
 ) -> list[jax.Array]:
-    """Levels of tiles, `[H, flags]` int32, and `[H, COUNTS]` int32: tiles read from tier 1, of them at level 1, at the
-    finest, promoted; whether the head goes dense at once."""
-    stats, acc, sums = scan
+    """How much is read of every tile, `[H, flags]` int32; `counts` `[H, COUNTS]`; and the `summary` of chunks
+    (`pallas_kernels.levels`)."""
+    stats, weights, acc, sums = scan
     heads, n_tiles, _, columns = stats.shape
     chunks = -(-n_tiles // CHUNK)
     f32 = jnp.float32
@@ -308,19 +349,24 @@ def choose(
         **shape,
     )  # fmt: skip
     of_row = dict(HEADS=terms.heads, HEADS_UP=triton.next_power_of_2(terms.heads))
-    fees = dict(POOLED=terms.pooled, COARSE_FEE=terms.coarse_fee, HOST_FEE=terms.host_fee, GROUP=terms.group)
-    costs, left = launch(
+    fees = dict(
+        POOLED=terms.pooled, COARSE_FEE=terms.coarse_fee, HOST_FEE=terms.host_fee, GROUP=terms.group,
+        PIECES=lv.pieces_of_a_tile(acc.shape[2]),
+    )  # fmt: skip
+    costs, shares, left = launch(
         _offer, stats, *(notes[x] for x in NOTES), facts, weighed, aim, meta, layer,
         out=[
-            jax.ShapeDtypeStruct((heads, 3, n_tiles), f32),
+            jax.ShapeDtypeStruct((heads, 4, n_tiles), f32),
+            jax.ShapeDtypeStruct((heads, n_tiles, columns // 2), f32),
             jax.ShapeDtypeStruct((heads, chunks, PRICES.value, columns // 2), f32),
         ],
         grid=(heads, chunks), warps=8, H=heads, CHUNKS=chunks, CHUNKS_UP=triton.next_power_of_2(chunks), T=CHUNK,
         RELATIVE_TO=terms.relative_to, TOLERANCE=terms.tolerance, MARGIN=terms.margin,
         SUMMED=terms.summed, **of_row, **fees, **shape,
     )  # fmt: skip
-    i32 = [jax.ShapeDtypeStruct((heads, n), jnp.int32) for n in (flags, COUNTS.value)]
+    own = lv.length_of_summary(flags)
+    i32 = [jax.ShapeDtypeStruct((heads, n), jnp.int32) for n in (flags, COUNTS.value, own)]
     return launch(
-        _settle, costs, left, meta, out=i32, grid=(heads,), warps=8, FLAGS=flags, N_CHUNKS=chunks,
-        T=256, MAX_PROMOTED=terms.max_promoted, **of_row, **fees, **shape,
+        _settle, costs, left, shares, weights, meta, out=i32, grid=(heads, own), warps=8, FLAGS=flags, N_CHUNKS=chunks,
+        T=CHUNK, MAX_PROMOTED=terms.max_promoted, **of_row, **fees, **shape,
     )

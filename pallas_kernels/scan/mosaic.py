@@ -12,7 +12,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic as mg
-from pallas_kernels.mosaic import SUMS, TILE
+from pallas_kernels.levels import TILE
+from pallas_kernels.mosaic import SUMS
 from pallas_kernels.originals.mosaic import (
     attend_original_tile,
     load_exact_queries,

@@ -5,10 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.levels import TILE
 from pallas_kernels.originals.reference import attend_tile_of_originals
 from pallas_kernels.query import HALF, SHIFT, UNIT, Operands, distinct, in_two_halves, together, twice, whole
-
-TILE = 128
 
 
 def scan_tiles(

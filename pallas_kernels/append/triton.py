@@ -1,0 +1,51 @@
+"""A step's keys and values into the windows, in place. Twin: `TieredKVCache.write`, ten kernels when XLA makes them."""
+
+from __future__ import annotations
+
+import jax
+import triton
+import triton.language as tl
+
+from pallas_kernels.launch import launch
+
+
+@triton.jit
+def _append(
+    k, v, length, layer, ring_keys, ring_values, sink_keys, sink_values,  # inputs
+    ring_keys_out, ring_values_out, sink_keys_out, sink_values_out,  # outputs, in the same memory
+    H: tl.constexpr, HEADS: tl.constexpr, RING: tl.constexpr, SINK: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr,
+    CAPACITY: tl.constexpr,
+):  # fmt: skip
+    h, at = tl.program_id(0), tl.load(layer)
+    position = tl.load(length + h // HEADS)
+    row, channel = tl.arange(0, SIZE)[:, None], tl.arange(0, D)[None]
+    token_k, token_v = tl.load(k + h * D + channel), tl.load(v + h * D + channel)
+    offset, slot = position % SIZE, position // SIZE % (RING // SIZE) * SIZE
+    # Opening a block clears what the ring held there, so that the array depends on the tokens only.
+    fresh, there = row == offset, ((at * H + h) * RING + slot + row) * D + channel
+    stored = (fresh | (offset == 0)) & (position < CAPACITY) & (channel < D)
+    tl.store(ring_keys_out + there, tl.where(fresh, token_k, 0.0).to(k.dtype.element_ty), mask=stored)
+    tl.store(ring_values_out + there, tl.where(fresh, token_v, 0.0).to(k.dtype.element_ty), mask=stored)
+    there = ((at * H + h) * SINK + position) * D + channel
+    stored = (position < SINK) & (channel < D)
+    tl.store(sink_keys_out + there, token_k, mask=stored)
+    tl.store(sink_values_out + there, token_v, mask=stored)
+
+
+def append_to_windows(
+    k: jax.Array,  # [b, Hkv, d] in the windows' dtype
+    v: jax.Array,
+    length: jax.Array,  # [b] int32, tokens held before this one
+    layer: jax.Array,  # [1] int32
+    windows: tuple[jax.Array, ...],  # ring keys, ring values, sink keys, sink values: [L, b, Hkv, n, d]
+    *,
+    size: int,
+    capacity: int,
+) -> list[jax.Array]:
+    """The windows with the token at position `length` in them."""
+    _, batch, heads, ring, d = windows[0].shape
+    return launch(
+        _append, k, v, length, layer, *windows, out=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in windows],
+        grid=(batch * heads,), in_place={4: 0, 5: 1, 6: 2, 7: 3}, H=batch * heads, HEADS=heads, RING=ring,
+        SINK=windows[2].shape[3], SIZE=size, D=d, CAPACITY=capacity,
+    )  # fmt: skip

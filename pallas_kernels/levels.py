@@ -1,0 +1,91 @@
+"""How much of a tile is read: one number a tile, which the plan writes and the kernels go by.
+
+Its low byte is a level; above it is a bit for each piece of a promoted tile that is read from the host, while the rest
+of the tile is read as at level FINEST.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+SKIP, COARSE, FINEST, PROMOTED = range(4)
+"""Values left to the centre; values at their coarsest, with the scan's weights; keys and values at their finest;
+originals of some pieces, the rest at its finest."""
+
+TILE = 128
+
+PIECE_BYTES = 4096
+"""Of a piece's keys, and of its values, in bfloat16: what is read from the host at once."""
+
+ACTIVE, N_COARSE, N_FINEST, N_PROMOTED, GIVE_UP = range(5)
+"""Columns of a head's `counts`: tiles read from tier 1; of them at level 1, at 2, at 3; whether the head goes dense at
+once."""
+
+COUNTS = 5
+
+CHUNK = 128
+"""Tiles whose sums the kernels hand each other. Of each a head's `summary` has one number: how many pieces are read
+from the host, and, times TILES_READ, how many tiles at their finest."""
+
+TILES_READ = 2**16
+
+
+def pieces_of_a_tile(d: int) -> int:
+    """8 at a head dim of 128, 4 at 64."""
+    return 2 * d * TILE // PIECE_BYTES
+
+
+def tokens_of_a_piece(d: int) -> int:
+    """16 or 32."""
+    return TILE // pieces_of_a_tile(d)
+
+
+def every_piece(d: int) -> int:
+    """The bits of all of them."""
+    return 2 ** pieces_of_a_tile(d) - 1
+
+
+def word(level, pieces):
+    """A tile's number."""
+    return level | (pieces << 8)
+
+
+def level_of(words):
+    """The level."""
+    return words & 255
+
+
+def pieces_of(words):
+    """A bit for each piece."""
+    return words >> 8
+
+
+def level_of_rest(words, d: int):
+    """The level at which what is not promoted is read: PROMOTED where nothing is left."""
+    rest = jnp.where(pieces_of(words) == every_piece(d), PROMOTED, FINEST)
+    return jnp.where(level_of(words) == PROMOTED, rest, level_of(words))
+
+
+def promoted_pieces(words, d: int):
+    """`[..., NT]` -> bool `[..., NT, pieces_of_a_tile]`."""
+    return (pieces_of(words)[..., None] >> jnp.arange(pieces_of_a_tile(d))) & 1 == 1
+
+
+def counts_of(words, active, give_up):
+    """`[H, COUNTS]` int32 of words and active tiles `[H, NT]`, and of `give_up` `[H]`."""
+    of_level = [(level_of(words) == i).sum(1) for i in (COARSE, FINEST, PROMOTED)]
+    return jnp.stack([active.sum(1), *of_level, give_up], 1).astype(jnp.int32)
+
+
+def length_of_summary(n_tiles: int) -> int:
+    """Chunks of a head, padded to whole 16 bytes."""
+    chunks = -(-n_tiles // CHUNK)
+    return chunks + -chunks % 4
+
+
+def summary_of(words, d: int):
+    """`[H, length_of_summary]` int32 of words `[H, NT]`."""
+    heads, n_tiles = words.shape
+    n = promoted_pieces(words, d).sum(2) + TILES_READ * (level_of_rest(words, d) == FINEST)
+    n = jnp.pad(n, ((0, 0), (0, length_of_summary(n_tiles) * CHUNK - n_tiles)))
+    return n.reshape(heads, -1, CHUNK).sum(2).astype(jnp.int32)
