@@ -30,10 +30,8 @@ U, UNDERFLOW, FLOOR = tl.constexpr(num.U), tl.constexpr(num.UNDERFLOW), tl.const
 
 
 @triton.jit
-def _turned_back(y, turn, D: tl.constexpr):
+def _turned_back(y, signs):
     """`R^T y`, [D, C]: in three parts of 8 bits, whose products with the signs of R^T are exact."""
-    channel = tl.arange(0, D)
-    signs = tl.load(turn + channel[:, None] * D + channel[None]).to(tl.float32)
     high = rounded(y)
     middle = rounded(y - high)
     low = rounded(y - high - middle)
@@ -168,6 +166,7 @@ def _judge(
     centre = tl.load(value_centre + (at * H + h) * D + channel)[:, None]
     of_head = largest_of_head + at * 6 * H + h
     nu_max, eta_max, centre_norm = tl.load(of_head + H), tl.load(of_head + 2 * H), tl.load(of_head + 5 * H)
+    signs = tl.load(turn + channel[:, None] * D + channel[None]).to(tl.float32)
     found = folded(found, D, C)
 
     # Windows, and what came from the host.
@@ -180,7 +179,7 @@ def _judge(
     key, value = length(key, ROOT, VANISHED), length(value, ROOT, VANISHED)
 
     total = tier1 + exact_total  # W
-    joined = _turned_back(found + offset[None], turn, D) * (1 / ROOT) + tier1[None] * centre + exact
+    joined = _turned_back(found + offset[None], signs) * (1 / ROOT) + tier1[None] * centre + exact
     result = joined / total[None]
     from_centre = length(tl.sum((centre - result) * (centre - result), 0), ROOT, VANISHED)
     norm = length(tl.sum(result * result, 0), ROOT, VANISHED)

@@ -51,8 +51,8 @@ LARGEST = tl.constexpr(1e30)
 def _weigh(
     stats, window_acc, window_sums, kappa, nu, facts, largest_of_head, value_centre, meta, layer,  # inputs
     weighed,  # output
-    H: tl.constexpr, NT: tl.constexpr, W: tl.constexpr, W_UP: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
-    T: tl.constexpr, HIGHEST: tl.constexpr,
+    H: tl.constexpr, NT: tl.constexpr, W: tl.constexpr, C: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
+    HIGHEST: tl.constexpr,
 ):  # fmt: skip
     h, chunk, at = tl.program_id(0), tl.program_id(1), tl.load(layer)
     n_parts, col = tl.num_programs(1), tl.arange(0, C)
@@ -61,23 +61,24 @@ def _weigh(
         t = chunk * T + tl.arange(0, T)
         active = (t >= tl.load(meta + h * 3)) & (t < tl.load(meta + h * 3 + 1))
         noted = (at * H + h) * NT + t
+        delta = tl.load(facts + h * 4 * C + col)[None] * number(kappa + noted * 2, active)[:, None]
         a, n, norm, scaled = tile_sums(stats, h * NT + t, number(nu + noted, active), active, C)
         total = tl.sum(a, 0)
         # Values not seen yet are taken to point anywhere: their squares add up. What is squared is a share first:
         # weights may be so small that their squares vanish.
         unseen = norm * (1 / most(total, 2.0**-120))[None] * (n / most(a, 2.0**-100))
-        delta = tl.load(facts + h * 4 * C + col)[None] * number(kappa + noted * 2, active)[:, None]
         lost = a * (1 - exp_down(-least(delta, 80.0)))
         tl.store(to, total)
         tl.store(to + C, tl.sum(n, 0))
         tl.store(to + 2 * C, tl.sum(unseen * unseen, 0))
         tl.store(to + 3 * C, tl.sum(lost, 0))
     else:
-        exact, total, longest_key, longest = add_originals(window_acc, window_sums, h * W, W, W_UP, D, C, HIGHEST)
         centre = tl.load(value_centre + (at * H + h) * D + tl.arange(0, D))[:, None]
+        longest_centre = tl.load(largest_of_head + (at * 6 + 5) * H + h)
+        exact, total, longest_key, longest = add_originals(window_acc, window_sums, h * W, W, 1, D, C, HIGHEST)
         moved = tl.where((total > 0)[None], exact / total[None] - centre, 0.0)
         tl.store(to, total)
-        tl.store(to + C, tl.sqrt(longest) + tl.load(largest_of_head + (at * 6 + 5) * H + h))
+        tl.store(to + C, tl.sqrt(longest) + longest_centre)
         tl.store(to + 2 * C, tl.sum(moved * moved, 0))
         tl.store(to + 3 * C, tl.sum(moved * centre, 0))
         tl.store(to + 4 * C, tl.full((C,), 1.0, tl.float32) * tl.sum(tl.sum(centre * centre, 1), 0))
@@ -345,7 +346,7 @@ def choose(
     weighed = launch(
         _weigh, stats, acc, sums, notes["kappa"], notes["nu"], facts, largest, value_centre, meta, layer,
         out=jax.ShapeDtypeStruct((heads, chunks + 1, FIELDS.value, columns), f32), grid=(heads, chunks + 1), H=heads,
-        W=acc.shape[1], W_UP=triton.next_power_of_2(acc.shape[1]), D=acc.shape[2], T=CHUNK, HIGHEST=terms.highest,
+        W=acc.shape[1], D=acc.shape[2], T=CHUNK, HIGHEST=terms.highest,
         **shape,
     )  # fmt: skip
     of_row = dict(HEADS=terms.heads, HEADS_UP=triton.next_power_of_2(terms.heads))

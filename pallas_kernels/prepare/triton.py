@@ -42,7 +42,11 @@ def _prepare(
     row, channel = tl.arange(0, ROWS), tl.arange(0, D)
     g = row % G
     x = tl.load(q + (h * GROUP + g[:, None]) * D + channel[None], mask=g[:, None] < GROUP, other=0.0)
+    # Everything is loaded first: a load that comes after a sum over several warps waits for it.
     centre = tl.load(key_centre + (at * H + h) * D + channel)
+    signs = tl.load(turn + channel[:, None] * D + channel[None]).to(tl.float32)  # of R^T
+    of_head = largest_of_head + at * 6 * H + h
+    reach, reach_closed, centre_norm = tl.load(of_head), tl.load(of_head + 3 * H), tl.load(of_head + 4 * H)
     largest = tl.max(tl.abs(x), 1)
     length = tl.sqrt(tl.sum(x * x, 1)) * NORM_SLACK + ROOT * VANISHED
     along = tl.sum(x * centre[None], 1)
@@ -55,7 +59,6 @@ def _prepare(
     lower = scaled - upper
     top = nearest(upper * (1 / 256))
     low = rounded(lower)
-    signs = tl.load(turn + channel[:, None] * D + channel[None]).to(tl.float32)  # of R^T
     exact = product(top, signs) * 256 + product(upper - 256 * top, signs)
     small = product(low, signs) + product(rounded(lower - low), signs)
     turned = (exact * step + small * step) * (1 / ROOT)
@@ -78,8 +81,6 @@ def _prepare(
     tl.store(wide + to + 8 * G * D, p1.to(tl.float32), mask=columns)
     tl.store(wide + to + 10 * G * D, p2.to(tl.float32), mask=columns)
 
-    of_head = largest_of_head + at * 6 * H + h
-    reach, reach_closed, centre_norm = tl.load(of_head), tl.load(of_head + 3 * H), tl.load(of_head + 4 * H)
     norm = length * (NORM_SLACK / ROOT)
     reference = along * (1 / ROOT) + norm * reach_closed - ROOM
     unit = scale * (16 * per_log)
