@@ -213,6 +213,32 @@ def test_interpreted_kernel_equals_its_twin(d, name):
     assert not races.get_races().races_found
 
 
+def test_interpreted_fine_finds_its_tiles_in_every_chunk():
+    """Tiles at the ends of chunks of 128, and behind an empty one."""
+    d, n_tiles = 64, 134
+    k, v, q = (jax.random.normal(jax.random.key(i), (1, 1, 1, n, d)) for i, n in enumerate((n_tiles * 128,) * 2 + (2,)))
+    build = jax.jit(lambda k, v: TieredKVCache.from_prefill(k, v, POLICY, capacity=n_tiles * 128))
+    cache = build(k.astype(jnp.bfloat16), v.astype(jnp.bfloat16))
+    x = ops.layer_of(cache, jnp.int32(0), ops.shared(cache))
+    q = ops.prepare(q[0, 0], x).kernel
+    whole, finest = lv.word(lv.PROMOTED, lv.every_piece(d)), lv.FINEST
+    for chosen in ({1: finest, 127: whole, 128: finest, 131: lv.word(lv.PROMOTED, 2)}, {130: lv.word(lv.PROMOTED, 5)}):
+        words = jnp.zeros((1, n_tiles), jnp.int32).at[0, jnp.array(list(chosen))].set(jnp.array(list(chosen.values())))
+        arguments = (
+            x.index, words, lv.counts_of(words, x.active, jnp.zeros(1, bool)), lv.summary_of(words, d), q, x.keys,
+            x.keys_low, x.key_scale, x.values, x.values_low, x.value_scale, x.nu, x.host_keys, x.host_values,
+        )  # fmt: skip
+        kernel = functools.partial(dispatch.mosaic_kernels(SLOTS // 4).fine, interpret=interpreted())
+        acc, stats, *host = jax.jit(kernel)(*jax.tree.map(np.asarray, arguments))
+        want, want_stats, *want_host = dispatch.reference_kernels().fine(*arguments)
+        left = np.asarray(lv.level_of_rest(words, d)) == lv.FINEST
+        for a, b in (
+            (qr.folded(acc.sum(1)), qr.folded(want.sum(1))), (stats[left], want_stats[left]),
+            (ops_joined(*host), ops_joined(*want_host)),
+        ):  # fmt: skip
+            np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5 * np.abs(b).max())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("heads", [B * H, SLOTS])
 @KERNELS

@@ -177,8 +177,8 @@ class _Step:
 
     def reads(self, plan: Plan) -> jax.Array:
         """Most originals that a program read, of windows or pieces: [H, 1]."""
-        n_promoted = self.counts(plan)[:, lv.N_PROMOTED, None]
-        return jnp.minimum(n_promoted * lv.pieces_of_a_tile(self.d), most_pieces(self.per_program, self.d)) + 1
+        n_promoted = self.counts(plan)[:, lv.N_PROMOTED, None]  # a program reads a piece of each tile of its share
+        return jnp.minimum(n_promoted, most_pieces(self.per_program, self.d)) + 1
 
     @property
     def per_program(self) -> int:

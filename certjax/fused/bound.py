@@ -234,6 +234,7 @@ def judge(found: Pass, queries: Queries, layer: Layer, reads: jax.Array, additio
     split = summed(additions + depth)
     accumulated = ((1 + 0.3 * d**0.5) * split + 2 * turning_back(d)) * read_mean + split * share * exact.value
     accumulated += (3 * num.gamma(depth) + 8 * num.U) * (nu_mean + layer.value_centre_norm[:, None] + read_mean)
+    accumulated += 2 * num.U * reads * share * exact.value  # each piece is added to what was read before it, rescaled
     from_centre = from_centre + 2 * accumulated
     h = from_centre + e_val
     l_minus = shrunk / total + share

@@ -16,7 +16,7 @@ def _append(
     H: tl.constexpr, HEADS: tl.constexpr, RING: tl.constexpr, SINK: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr,
     CAPACITY: tl.constexpr,
 ):  # fmt: skip
-    h, at = tl.program_id(0), tl.load(layer)
+    h, at = tl.program_id(0).to(tl.int64), tl.load(layer).to(tl.int64)  # windows may have more than 2^31 elements
     position = tl.load(length + h // HEADS)
     row, channel = tl.arange(0, SIZE)[:, None], tl.arange(0, D)[None]
     token_k, token_v = tl.load(k + h * D + channel), tl.load(v + h * D + channel)

@@ -141,8 +141,8 @@ def _judge(
     H: tl.constexpr, NT: tl.constexpr, PARTS: tl.constexpr, P: tl.constexpr, P_UP: tl.constexpr,
     W: tl.constexpr, C: tl.constexpr, D: tl.constexpr, ROOT: tl.constexpr,
     VANISHED: tl.constexpr, HIGHEST: tl.constexpr, SPLIT: tl.constexpr, TURNING: tl.constexpr,
-    DEPTH_GAMMA: tl.constexpr, INFLATE: tl.constexpr, PIECES: tl.constexpr, READS: tl.constexpr,
-    EXP_RELATIVE_ERROR: tl.constexpr, CANARY: tl.constexpr,
+    DEPTH_GAMMA: tl.constexpr, INFLATE: tl.constexpr, READS: tl.constexpr, EXP_RELATIVE_ERROR: tl.constexpr,
+    CANARY: tl.constexpr,
 ):  # fmt: skip
     h, at = tl.program_id(0), tl.load(layer)
     col, channel = tl.arange(0, C), tl.arange(0, D)
@@ -179,6 +179,7 @@ def _judge(
     key, value = length(key, ROOT, VANISHED), length(value, ROOT, VANISHED)
 
     total = tier1 + exact_total  # W
+    reads = tl.minimum(n_promoted, READS).to(tl.float32) + 1  # a program reads a piece of each tile of its share
     joined = _turned_back(found + offset[None], signs) * (1 / ROOT) + tier1[None] * centre + exact
     result = joined / total[None]
     from_centre = length(tl.sum((centre - result) * (centre - result), 0), ROOT, VANISHED)
@@ -189,14 +190,13 @@ def _judge(
     read_mean = (n_read + eta_read) / total
     e_val = val / total
     accumulated = ((1 + 0.3 * ROOT) * SPLIT + 2 * TURNING) * read_mean + SPLIT * share * value
-    accumulated += (3 * DEPTH_GAMMA + 8 * U) * (nu_mean + centre_norm + read_mean)
+    accumulated += (3 * DEPTH_GAMMA + 8 * U) * (nu_mean + centre_norm + read_mean) + 2 * U * reads * share * value
     from_centre += 2 * accumulated
     h_bar = from_centre + e_val
     l_minus = shrunk / total + share
     delta_max = q_norm * (kappa_max * SLACK)
     e_key = (k0 + k1 * h_bar) / (total * l_minus)
     linear = (g0 + g1 * h_bar) / (total * l_minus)
-    reads = tl.minimum(n_promoted * PIECES, READS).to(tl.float32) + 1
     of_originals = 32 * U * (q_norm * key + tl.abs(reference)) + EXP_RELATIVE_ERROR + reads * 2.0**-21
     of_originals += eps_original * key * SLACK
     eps = most(eps, of_originals)
@@ -294,6 +294,6 @@ def judge(
         grid=(heads,), warps=8, PARTS=parts, P=from_host, P_UP=triton.next_power_of_2(from_host), W=from_windows,
         ROOT=d**0.5, VANISHED=rounding.vanished, HIGHEST=rounding.highest, SPLIT=rounding.split,
         TURNING=rounding.turning, DEPTH_GAMMA=rounding.depth_gamma, INFLATE=rounding.inflate,
-        PIECES=lv.pieces_of_a_tile(d), READS=rounding.reads, EXP_RELATIVE_ERROR=num.EXP_RELATIVE_ERROR, CANARY=canary,
+        READS=rounding.reads, EXP_RELATIVE_ERROR=num.EXP_RELATIVE_ERROR, CANARY=canary,
         **shape,
     )  # fmt: skip

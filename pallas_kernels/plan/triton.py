@@ -282,7 +282,7 @@ def _settle(
         valid = tl.sum(found.to(tl.int32), 1) > 0
         at = own * T + tl.sum(tl.where(found, tile[None], 0), 1)
         here = h * NT + at
-        source = weights + ((here[:, None] * C + col[None]) * T)[:, :, None] + token[None, None]
+        source = weights + ((here.to(tl.int64)[:, None] * C + col[None]) * T)[:, :, None] + token[None, None]
         w = tl.load(source, mask=valid[:, None, None], other=0.0).to(tl.float32)
         w += tl.load(source + C // 2 * T, mask=valid[:, None, None], other=0.0).to(tl.float32)
         of_piece = tl.sum(tl.reshape(w, (AT_ONCE, C // 2, PIECES, T // PIECES)), 3)
