@@ -141,19 +141,8 @@ def list_chosen(flags, chosen: Callable, order, split: jax.Array, splits: int) -
 
     Program `split` of `splits` looks at tiles `split`, `split + splits` ...: what lies together is shared out.
     """
-
-    def visit(i, count):
-        tile = split + i * splits
-        here = chosen(flag_of(flags, tile))
-
-        @pl.when(here)
-        def _():
-            order[count] = tile
-
-        return count + jnp.where(here, jnp.int32(1), jnp.int32(0))
-
     n = flags.shape[0] * flags.shape[1]
-    count = lax.fori_loop(0, (n - split + splits - 1) // splits, visit, jnp.int32(0))
+    count = _look_through(flags, chosen, order, split, splits, (n - split + splits - 1) // splits, jnp.int32(0))
     plgpu.commit_smem()  # every thread has written before any reads
     return count
 
@@ -166,22 +155,26 @@ def list_in_chunks(flags, summary, here: Callable, chosen: Callable, order, spli
         start = chunk * CHUNK
         first = start + lax.rem(split + (splits - lax.rem(start, splits)), splits)
         visits = (jnp.minimum(start + CHUNK, n) - first + splits - 1) // splits
-
-        def visit(i, count):
-            tile = first + i * splits
-            taken = chosen(flag_of(flags, tile))
-
-            @pl.when(taken)
-            def _():
-                order[count] = tile
-
-            return count + jnp.where(taken, jnp.int32(1), jnp.int32(0))
-
-        return lax.fori_loop(0, jnp.where(here(summary[chunk]), visits, 0), visit, count)
+        visits = jnp.where(here(summary[chunk]), visits, 0)
+        return _look_through(flags, chosen, order, first, splits, visits, count)
 
     count = lax.fori_loop(0, -(-n // CHUNK), look_at, jnp.int32(0))
     plgpu.commit_smem()
     return count
+
+
+def _look_through(flags, chosen: Callable, order, first, step: int, visits, count: jax.Array) -> jax.Array:
+    def visit(i, count):
+        tile = first + i * step
+        taken = chosen(flag_of(flags, tile))
+
+        @pl.when(taken)
+        def _():
+            order[count] = tile
+
+        return count + jnp.where(taken, jnp.int32(1), jnp.int32(0))
+
+    return lax.fori_loop(0, visits, visit, count)
 
 
 def flag_of(flags, tile: jax.Array) -> jax.Array:

@@ -16,8 +16,9 @@ from certjax.certificate import Certificate
 from certjax.fused import bound as bd
 from certjax.fused import operands as ops
 from certjax.fused import reduce as rd
-from certjax.fused.ladder import allotted, heads_to_give_up
+from certjax.fused.ladder import heads_to_give_up
 from certjax.fused.plan import Plan, choose
+from certjax.fused.record import BOUNDS, certificate
 from certjax.policy import Policy
 from pallas_kernels import levels as lv
 from pallas_kernels.dispatch import Kernels
@@ -205,46 +206,14 @@ class _Step:
         out = jnp.where(dense[..., None, None], self.grouped(exact), out)
         e_total = jnp.where(dense[..., None], self.grouped(error), e_total)
         norm = jnp.where(dense[..., None], self.grouped(exact_norm), norm)
-        return out, self.record(judged, plan, passed, dense, row_failed, sound, norm, e_total)
-
-    def record(self, judged, plan, passed, dense, row_failed, sound, norm, e_total) -> Certificate:
-        shape = e_total.shape
-        dense = jnp.broadcast_to(dense[..., None], shape)
-        candidate = {name: self.grouped(getattr(judged, name)) for name in _BOUNDS}
-        returned = {name: jnp.where(dense, 0.0, x) for name, x in candidate.items()}
-        returned["e_total"] = e_total
-        returned["e_arith"] = jnp.where(dense, e_total, candidate["e_arith"])
-        x, counts = self.layer, self.counts(plan).reshape(self.batch, -1, lv.COUNTS, 1)
-        n_active, n_coarse, n_finest, n_promoted = (jnp.broadcast_to(counts[:, :, i], shape) for i in range(4))
-        n_pieces = lv.promoted_pieces(plan.words, self.d).sum((1, 2)).reshape(self.batch, -1, 1)
-        rung = jnp.where(dense, jnp.where(row_failed[:, None, None], 4, 3), jnp.where(n_promoted > 0, 2, 0))
-        ok = jnp.ones(shape, bool)
-        first = jnp.arange(self.group) == 0
-        windows = sum(x.live[:, i] for i in range(x.live.shape[1])).astype(jnp.float32) * (4 * self.d)
-        tier1 = tier1_bytes(self.d, n_active, n_coarse, n_finest, n_promoted)
-        length = self.cache.length[:, None, None].astype(jnp.float32)
-        paged = (jnp.where(dense, length, 0.0) + n_pieces * lv.tokens_of_a_piece(self.d)) * (4.0 * self.d)
-        return Certificate(
-            **returned,
-            **{f"{name}_candidate": x for name, x in candidate.items()},
-            out_norm=norm,
-            out_norm_candidate=self.grouped(judged.norm),
-            tolerance=allotted(self.policy, norm, jnp.where(dense, 0.0, e_total)),
-            tail_mass=self.grouped(judged.tail_mass),
-            delta_max=self.grouped(judged.delta_max),
-            k_star=n_promoted,
-            n_value_promoted=n_promoted,
-            n_key_refined=n_finest,
-            n_value_refined=n_finest,
-            n_value_skipped=n_active - n_coarse - n_finest - n_promoted,
-            rung=rung.astype(jnp.int32),
-            ranking_ok=ok,
-            boundary_ok=ok,
-            canary_ok=passed,
-            precondition_ok=ok & sound[:, None, None] & jnp.isfinite(self.grouped(judged.norm)),
-            bytes_read=jnp.where(first, tier1 + windows.reshape(self.batch, -1, 1), 0.0),
-            bytes_paged_in=jnp.where(first, paged, 0.0),
-        )
+        return out, certificate(
+            self.policy, self.cache, self.layer.live, self.counts(plan),
+            lv.promoted_pieces(plan.words, self.d).sum((1, 2)).reshape(dense.shape),
+            jnp.where(row_failed[:, None], 2, dense.astype(jnp.int32)), sound, passed,
+            bounds={name: self.grouped(getattr(judged, name)) for name in BOUNDS},
+            candidate_norm=self.grouped(judged.norm), norm=norm, e_total=e_total,
+            tail_mass=self.grouped(judged.tail_mass), delta_max=self.grouped(judged.delta_max),
+        )  # fmt: skip
 
 
 def _found(host, some: jax.Array, *, alone: bool = False) -> bd.Exact:
@@ -253,9 +222,6 @@ def _found(host, some: jax.Array, *, alone: bool = False) -> bd.Exact:
     some, nothing = some[:, None, None, None], jnp.array([0.0, 0.0, 0.0, LOWEST])[:, None]
     acc, sums = jnp.where(some, folded(acc), 0.0), jnp.where(some, distinct(sums, 3), nothing)
     return bd.exact_of(acc, sums, alone=alone)
-
-
-_BOUNDS = ("e_key", "e_val", "e_arith", "e_total", "e_key_paper", "e_val_paper")
 
 
 def per_program_of(n_tiles: int, kernels: Kernels) -> int:
@@ -271,12 +237,3 @@ def most_pieces(per_program: int, d: int) -> int:
 def additions_of(n_tiles: int, kernels: Kernels) -> int:
     """Most float32 roundings that a tile's sum goes through on its way into the sum of all."""
     return 2 * per_program_of(n_tiles, kernels) + 2 * kernels.splits + 64
-
-
-def tier1_bytes(d: int, n_active, n_coarse, n_finest, n_promoted):
-    """What a step reads and writes of tier 1, by how many tiles are at each level."""
-    weights = 8 * 2  # of a token, for a group of up to 4 query heads
-    scanned = ops.TILE * (d + 5 + weights) + 30  # 8-bit keys, both scales, nu; the plan's annotations of the tile
-    coarse = ops.TILE * (d // 2 + weights)  # 4-bit values
-    fine = ops.TILE * (d + d // 2 + d // 2 + d // 4 + 5)  # 12-bit keys and 6-bit values, their scales and nu
-    return n_active * float(scanned) + n_coarse * float(coarse) + (n_finest + n_promoted) * float(fine)

@@ -9,7 +9,6 @@ fine, judge, decide, dense, finish. What each of the small ones computes is writ
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
 from certjax.bounds.arithmetic import inflate
 from certjax.cache import TieredKVCache
@@ -17,8 +16,8 @@ from certjax.certificate import Certificate
 from certjax.fused import bound as bd
 from certjax.fused import operands as ops
 from certjax.fused import plan as pl
-from certjax.fused.attention import additions_of, most_pieces, per_program_of, tier1_bytes
-from certjax.fused.ladder import allotted
+from certjax.fused.attention import additions_of, most_pieces, per_program_of
+from certjax.fused.record import BOUNDS, certificate
 from certjax.policy import Policy
 from pallas_kernels import levels as lv
 from pallas_kernels import numerics as num
@@ -103,58 +102,13 @@ def chained_attention(
     out, returned = vd.finish(
         candidate, record, verdict, found, facts, of_dense, group=group, capacity=cache.capacity
     )
-    shape = (batch, n_heads, group)
-    rows = record[:, :, :group].reshape(batch, n_heads, -1, group)
-    final = returned[:, :, :group].reshape(batch, n_heads, 2, group)
-    certificate = _certificate(
-        policy, cache, x.live, rows, final, counts.reshape(batch, n_heads, -1, 1), summary.reshape(batch, n_heads, -1),
-        verdict.reshape(batch, n_heads, 1), sound, jnp.zeros(shape), d, rc,
+    shape = (batch, n_heads, -1, group)
+    rows = record[:, :, :group].reshape(shape)
+    final = returned[:, :, :group].reshape(shape)
+    n_pieces = (summary % lv.TILES_READ).sum(1)
+    return out.reshape(q.shape), certificate(
+        policy, cache, x.live, counts, n_pieces.reshape(batch, n_heads), verdict.reshape(batch, n_heads), sound,
+        rows[:, :, rc.PASSED] > 0, bounds={name: rows[:, :, getattr(rc, name.upper())] for name in BOUNDS},
+        candidate_norm=rows[:, :, rc.NORM], norm=final[:, :, 0], e_total=final[:, :, 1],
+        tail_mass=rows[:, :, rc.TAIL_MASS], delta_max=rows[:, :, rc.DELTA_MAX],
     )  # fmt: skip
-    return out.reshape(q.shape), certificate
-
-
-def _certificate(policy, cache, live, rows, final, counts, summary, verdict, sound, zero, d, rc) -> Certificate:
-    """`rows` [b, Hkv, ROWS, G], `final` [b, Hkv, 2, G], `counts` [b, Hkv, COUNTS, 1], `summary` [b, Hkv, .],
-    `verdict` [b, Hkv, 1]."""
-    norm, e_total = final[:, :, 0], final[:, :, 1]
-    dense = verdict > 0
-    n_active, n_coarse, n_finest, n_promoted = (counts[:, :, i] + zero.astype(jnp.int32) for i in range(4))
-    bounds = {
-        name: rows[:, :, i]
-        for name, i in {
-            "e_key": rc.E_KEY, "e_val": rc.E_VAL, "e_arith": rc.E_ARITH, "e_total": rc.E_TOTAL,
-            "e_key_paper": rc.E_KEY_PAPER, "e_val_paper": rc.E_VAL_PAPER,
-        }.items()
-    }  # fmt: skip
-    returned = {name: jnp.where(dense, 0.0, x) for name, x in bounds.items()}
-    returned |= {"e_total": e_total, "e_arith": jnp.where(dense, e_total, bounds["e_arith"])}
-    candidate_norm = rows[:, :, rc.NORM]
-    passed = rows[:, :, rc.PASSED] > 0
-    first = (jnp.arange(zero.shape[-1]) == 0) & (zero == 0)
-    windows = live.sum(1).reshape(*zero.shape[:2], 1) * (4.0 * d)
-    tier1 = tier1_bytes(d, n_active, n_coarse, n_finest, n_promoted)
-    n_pieces = (summary % lv.TILES_READ).sum(-1, keepdims=True)
-    paged = (jnp.where(dense, cache.length[:, None, None], 0) + n_pieces * lv.tokens_of_a_piece(d)) * (4.0 * d)
-    rung = jnp.where(dense, 2 + verdict, jnp.where(n_promoted > 0, 2, 0))
-    true = zero == 0
-    return Certificate(
-        **returned,
-        **{f"{name}_candidate": x for name, x in bounds.items()},
-        out_norm=norm,
-        out_norm_candidate=candidate_norm,
-        tolerance=allotted(policy, norm, jnp.where(dense, 0.0, e_total)),
-        tail_mass=rows[:, :, rc.TAIL_MASS],
-        delta_max=rows[:, :, rc.DELTA_MAX],
-        k_star=n_promoted,
-        n_value_promoted=n_promoted,
-        n_key_refined=n_finest,
-        n_value_refined=n_finest,
-        n_value_skipped=n_active - n_coarse - n_finest - n_promoted,
-        rung=rung.astype(jnp.int32),
-        ranking_ok=true,
-        boundary_ok=true,
-        canary_ok=passed,
-        precondition_ok=true & sound[:, None, None] & jnp.isfinite(candidate_norm),
-        bytes_read=jnp.where(first, tier1 + windows, 0.0),
-        bytes_paged_in=jnp.where(first, paged, 0.0),
-    )

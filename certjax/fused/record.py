@@ -1,0 +1,78 @@
+"""The certificate of a fused step, from what its kernels, or their twins, found."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from certjax.cache import TieredKVCache
+from certjax.certificate import Certificate
+from certjax.fused.ladder import allotted
+from certjax.policy import Policy
+from pallas_kernels import levels as lv
+
+BOUNDS = ("e_key", "e_val", "e_arith", "e_total", "e_key_paper", "e_val_paper")
+
+
+def certificate(
+    policy: Policy,
+    cache: TieredKVCache,
+    live: jax.Array,  # [H, W] int32, tokens in each window tile
+    counts: jax.Array,  # [H, COUNTS] int32, `pallas_kernels.levels`
+    n_pieces: jax.Array,  # [b, Hkv] int32, read from the host
+    verdict: jax.Array,  # [b, Hkv] int32: 0 stays, 1 dense, 2 dense as a check of its row failed
+    sound: jax.Array,  # [b] bool
+    passed: jax.Array,  # [b, Hkv, G] bool, the canary
+    *,
+    bounds: dict[str, jax.Array],  # BOUNDS of the candidate, [b, Hkv, G] each
+    candidate_norm: jax.Array,
+    norm: jax.Array,  # of what is returned
+    e_total: jax.Array,
+    tail_mass: jax.Array,
+    delta_max: jax.Array,
+) -> Certificate:
+    """Leaves `[b, Hkv, G]`."""
+    batch, n_heads, group = shape = norm.shape
+    d = cache.head_dim
+
+    def of_head(x):
+        return jnp.broadcast_to(x.reshape(batch, n_heads, 1), shape)
+
+    dense = of_head(verdict > 0)
+    n_active, n_coarse, n_finest, n_promoted = (of_head(counts[:, i]) for i in range(4))
+    returned = {name: jnp.where(dense, 0.0, x) for name, x in bounds.items()}
+    returned |= {"e_total": e_total, "e_arith": jnp.where(dense, e_total, bounds["e_arith"])}
+    in_windows = of_head(sum(live[:, i] for i in range(live.shape[1])))
+    paged = jnp.where(dense, cache.length[:, None, None], 0) + of_head(n_pieces) * lv.tokens_of_a_piece(d)
+    read = tier1_bytes(d, n_active, n_coarse, n_finest, n_promoted) + in_windows * (4.0 * d)
+    first, true = jnp.arange(group) == 0, jnp.ones(shape, bool)
+    return Certificate(
+        **returned,
+        **{f"{name}_candidate": x for name, x in bounds.items()},
+        out_norm=norm,
+        out_norm_candidate=candidate_norm,
+        tolerance=allotted(policy, norm, jnp.where(dense, 0.0, e_total)),
+        tail_mass=tail_mass,
+        delta_max=delta_max,
+        k_star=n_promoted,
+        n_value_promoted=n_promoted,
+        n_key_refined=n_finest,
+        n_value_refined=n_finest,
+        n_value_skipped=n_active - n_coarse - n_finest - n_promoted,
+        rung=jnp.where(dense, 2 + of_head(verdict), jnp.where(n_promoted > 0, 2, 0)).astype(jnp.int32),
+        ranking_ok=true,
+        boundary_ok=true,
+        canary_ok=passed,
+        precondition_ok=true & sound[:, None, None] & jnp.isfinite(candidate_norm),
+        bytes_read=jnp.where(first, read, 0.0),
+        bytes_paged_in=jnp.where(first, paged * (4.0 * d), 0.0),
+    )
+
+
+def tier1_bytes(d: int, n_active, n_coarse, n_finest, n_promoted):
+    """What a step reads and writes of tier 1, by how many tiles are at each level."""
+    weights = 8 * 2  # of a token, for a group of up to 4 query heads
+    scanned = lv.TILE * (d + 5 + weights) + 30  # 8-bit keys, both scales, nu; the plan's annotations of the tile
+    coarse = lv.TILE * (d // 2 + weights)  # 4-bit values
+    fine = lv.TILE * (d + d // 2 + d // 2 + d // 4 + 5)  # 12-bit keys and 6-bit values, their scales and nu
+    return n_active * float(scanned) + n_coarse * float(coarse) + (n_finest + n_promoted) * float(fine)
