@@ -23,11 +23,12 @@ def _append(
     offset, slot = position % SIZE, position // SIZE % (RING // SIZE) * SIZE
     # Opening a block clears what the ring held there, so that the array depends on the tokens only.
     fresh, there = row == offset, ((at * H + h) * RING + slot + row) * D + channel
-    stored = (fresh | (offset == 0)) & (position < CAPACITY) & (channel < D)
+    stored = fresh | (row >= tl.where(offset == 0, 0, SIZE))
+    stored &= channel < tl.where(position < CAPACITY, D, 0)
     tl.store(ring_keys_out + there, tl.where(fresh, token_k, 0.0).to(k.dtype.element_ty), mask=stored)
     tl.store(ring_values_out + there, tl.where(fresh, token_v, 0.0).to(k.dtype.element_ty), mask=stored)
     there = ((at * H + h) * SINK + position) * D + channel
-    stored = (position < SINK) & (channel < D)
+    stored = channel < tl.where(position < SINK, D, 0)
     tl.store(sink_keys_out + there, token_k, mask=stored)
     tl.store(sink_values_out + there, token_v, mask=stored)
 
