@@ -4,13 +4,12 @@
 `python -m benchmarks.captured_attention run FILE.npz --out captured.json` times them where the GPU is.
 
 A context of 32K is the text's 8,192 tokens four times over. Each sequence of a batch has another of the last queries.
-Plans aim at what they have come to after ten steps (`certjax.fused.aim`).
+Sequences are attended to by the plan that steps with the queries before leave them.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 from pathlib import Path
 
@@ -19,12 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import certjax
-from certjax.attention import certified_layer
 from certjax.bench import attention as bench
 from certjax.bench import report
 from certjax.capture import capture
 from certjax.eval.texts import corpus
-from certjax.fused.aim import corrected
 
 POLICY = bench.default_policy()
 TOKENS, LAYERS, QUERIES = 8192, (2, 8, 20), 16
@@ -42,12 +39,11 @@ def run(path: str, contexts: list[int], batch: int, out: str | None) -> None:
     rows = []
     for n in contexts:
         for i, layer in enumerate(LAYERS):
-            q = jnp.asarray(file["q"][i, -batch:])
+            before, q = jnp.asarray(file["q"][i, -2 * batch : -batch]), jnp.asarray(file["q"][i, -batch:])
             k, v = (tiled(file[name][i], n, batch) for name in ("keys", "values"))
             baseline = bench.time_dense(q, *(x.swapaxes(1, 2) for x in (k, v)), loops=9)
             cache = bench.build(k, v, POLICY)
-            for _ in range(10):
-                cache = learned(q, cache)
+            cache = bench.settled(before, cache, POLICY)
             rows.append(bench.time_certified(f"captured, layer {layer}", q, cache, POLICY, baseline, loops=9))
             print(rows[-1]["workload"], n, rows[-1]["certified_over_dense"], flush=True)
             if out:
@@ -60,12 +56,6 @@ def tiled(bits: np.ndarray, n: int, batch: int) -> jax.Array:
     """`[Hkv, N, d]` of bfloat16 -> `[batch, Hkv, n, d]`."""
     x = jnp.tile(jnp.asarray(bits).view(jnp.bfloat16), (1, n // bits.shape[1], 1))
     return jnp.broadcast_to(x, (batch, *x.shape)).copy()
-
-
-@functools.partial(jax.jit, donate_argnames="cache")
-def learned(q, cache):
-    record = certified_layer(q, cache, jnp.int32(0), POLICY, None)[1]
-    return corrected(cache, POLICY, jax.tree.map(lambda x: x[None], record))
 
 
 def main() -> None:

@@ -46,8 +46,8 @@ def main() -> None:
     }
     for name, f in functions.items():
 
-        def step(q, cache, f=f):
-            common = shared(cache)
+        def step(q, cache, f=f, name=name):
+            common = shared(cache, name == "naive")
 
             def visit(q, layer):
                 out, record = f(q, cache, layer, common)
@@ -65,8 +65,8 @@ def main() -> None:
                 print("  ", operation, shape[:90])
 
 
-def _packed(out, certificate):
-    return out, certificate.packed()
+def _packed(out, certificate, plan):
+    return out, (certificate.packed(), plan)
 
 
 def kernels_of(text: str, start: str) -> list[tuple[str, str, str]]:

@@ -53,8 +53,8 @@ def _triton(n: int):
     from certjax.bench.attention import default_policy
     from certjax.fused.chain import chained_attention
     from pallas_kernels import dispatch, launch
+    from pallas_kernels.judge import join, verdict
     from pallas_kernels.judge import triton as judging
-    from pallas_kernels.judge import verdict
     from pallas_kernels.plan import triton as planning
     from pallas_kernels.prepare import triton as preparing
 
@@ -68,7 +68,8 @@ def _triton(n: int):
     cache = jax.eval_shape(
         lambda k, v: TieredKVCache.from_prefill(k[None], v[None], policy, capacity=n), originals, originals
     )
-    for module in (judging, verdict, planning, preparing):
+    modules = judging, join, verdict, planning, preparing
+    for module in modules:
         module.launch = record
     jax.eval_shape(
         lambda q, c: chained_attention(
@@ -76,7 +77,7 @@ def _triton(n: int):
         ),
         shape((1, HEADS, GROUP, D), jnp.float32), cache,
     )  # fmt: skip
-    for module in (judging, verdict, planning, preparing):
+    for module in modules:
         module.launch = launch.launch
     for (kernel, arrays, rest), warps in itertools.product(calls, (2, 4, 8)):
         yield f"{kernel.__name__}-w{warps}-{n}", functools.partial(launch.launch, kernel, warps=warps, **rest), arrays
@@ -98,10 +99,11 @@ def _mosaic(n: int):
     )  # fmt: skip
     scale, windows = of(jnp.bfloat16, 1, HEADS, n), (of(jnp.bfloat16, 1, HEADS, 128, D),) * 2
     arguments = (
-        of(jnp.int32, 1), of(jnp.int32, HEADS, 3), q, of(jnp.int8, 1, HEADS, n, D), scale, scale,
-        of(jnp.uint8, 1, HEADS, n), of(jnp.int32, HEADS, 1), windows,
+        of(jnp.int32, 1), of(jnp.int32, HEADS, 3), of(jnp.int32, HEADS, n // 128), q, of(jnp.int8, 1, HEADS, n, D),
+        scale, of(jnp.int8, 1, HEADS, n // 128, D, 64), scale, of(jnp.uint8, 1, HEADS, n), of(jnp.int32, HEADS, 1),
+        windows,
     )  # fmt: skip
-    for stages, splits in ((2, 60), (3, 46), (3, 32), (4, 30)):
+    for stages, splits in ((2, 46), (2, 30), (3, 30), (2, 94), (2, 62)):
         scan.STAGES = stages
         yield f"scan_tiles-{stages}x{splits}-{n}", lambda *x, s=splits: scan.scan_tiles(*x, splits=s), arguments
 
@@ -144,7 +146,13 @@ def _random(shape, dtype: str, n: int):
     import numpy as np
 
     rng, tiles = np.random.default_rng(0), n // 128
-    known = {(1,): 0, (HEADS, 3): [1, tiles - 2, n], (HEADS, 1): 128, (HEADS, 5): [tiles - 3, tiles // 2, 0, 0, 0]}
+    # Every head is asked to be judged once more.
+    known = {
+        (1,): 0, (HEADS,): 2, (HEADS, 3): [1, tiles - 2, n], (HEADS, 1): 128,
+        (HEADS, 5): [tiles - 3, tiles // 2, 0, 0, 0],
+    }  # fmt: skip
+    if tuple(shape) == (HEADS, tiles):  # a plan: as many values are read as of concentrated scores
+        return (rng.random(shape) < {256: 0.12, 1024: 0.62}.get(tiles, 0.3)).astype(np.int32)
     if dtype == "int32":
         return np.broadcast_to(np.int32(known.get(tuple(shape), 1)), shape).copy()
     if dtype in ("int8", "uint8"):

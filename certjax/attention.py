@@ -70,7 +70,7 @@ def certified_attention(
     if backend in FUSED and cache.layer is None:  # a view of one layer has been copied out of the stack already
         sound = checks.fingerprints_ok(cache, policy.scrub).all(1) if policy.scrub else jnp.ones(q.shape[0], bool)
         attend = _fused(policy, backend, groups)
-        out, certificate = attend(groups, cache.stacked(), jnp.int32(0), sound=sound)
+        out, certificate, _ = attend(groups, cache.stacked(), jnp.int32(0), sound=sound)
         return _flat(out), _flat_record(certificate)
     problem = reading.build(groups, cache)
     attempt = {"paper": _by_mass, "budget": _within_budget, "observe": _as_stored}[policy.kind]
@@ -80,27 +80,32 @@ def certified_attention(
     return _flat(out), _flat_record(certificate)
 
 
-def common_to_layers(cache: TieredKVCache, policy: Policy, n_query_heads: int) -> Shared | None:
-    """What the layers of a step have in common, where the kernels are fused: computed once a step."""
-    return shared(cache) if pick_backend(policy, cache, n_query_heads) in FUSED else None
+def common_to_layers(
+    cache: TieredKVCache, policy: Policy, n_query_heads: int, *, naive: bool = False
+) -> Shared | None:
+    """What the layers of a step have in common, where the kernels are fused: computed once a step, for
+    `certified_layer` or for `naive_layer`."""
+    fused = pick_backend(policy, cache, n_query_heads) in FUSED
+    return shared(cache, naive or policy.tolerance is None) if fused else None
 
 
 def certified_layer(
     q: jax.Array, cache: TieredKVCache, layer: jax.Array, policy: Policy, common: Shared | None = None
-) -> tuple[jax.Array, Certificate]:
+) -> tuple[jax.Array, Certificate, jax.Array | None]:
     """`certified_attention` for layer `layer` of a stacked cache, as a decode loop calls it, with what is
-    `common_to_layers`.
+    `common_to_layers`; and what `cache.plan` is to have for the layer at the next step, where it is to change.
 
     Fused kernels read the stack in place and take `cache.sound` for the outcome of the fingerprints, which `scrub`
     checks once a step for all layers.
     """
     backend = pick_backend(policy, cache, q.shape[1])
     if backend not in FUSED:
-        return certified_attention(q, cache.at(layer), policy)
+        return (*certified_attention(q, cache.at(layer), policy), None)
     cache.require_tier2()
     groups = _grouped(q, cache)
-    out, certificate = _fused(policy, backend, groups)(groups, cache, layer, sound=cache.sound, common=common)
-    return _flat(out), _flat_record(certificate)
+    attend = _fused(policy, backend, groups)
+    out, certificate, plan = attend(groups, cache, layer, sound=cache.sound, common=common)
+    return _flat(out), _flat_record(certificate), plan
 
 
 def _fused(policy: Policy, backend: str, groups: jax.Array):

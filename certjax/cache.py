@@ -30,6 +30,7 @@ from certjax.encode import close_block, close_blocks, encode_blocks, encode_prom
 from certjax.errors import ContextLengthError, InvalidArgumentError, MissingTier2Error
 from certjax.policy import Policy
 from pallas_kernels import numerics as num
+from pallas_kernels.levels import TILE, initial_plan
 
 ORIGINAL_DTYPES = ("float16", "bfloat16", "float32")
 
@@ -49,7 +50,7 @@ class TieredKVCache:
     host_values: jax.Array | None
     length: jax.Array  # [b] int32, tokens held
     layer: jax.Array | None = None  # [] int32: tier 2 of this view is layer `layer` of a stacked one
-    aim: jax.Array | None = None  # [b] float32, how closely plans aim at the tolerance (fused/aim.py)
+    plan: jax.Array | None = None  # [b, Hkv, NB] uint16, what fused kernels read of each block (`fused/plan.py`)
     sound: jax.Array | None = None  # [b] bool, outcome of the fingerprints checked so far (`checks.scrubbed`)
     codec: Codec = struct.field(pytree_node=False, default=None)
     block_size: int = struct.field(pytree_node=False, default=16)
@@ -161,7 +162,7 @@ class TieredKVCache:
             host_keys=originals[0],
             host_values=originals[1],
             length=length,
-            aim=jnp.ones((*keys.shape[:-4], batch)),
+            plan=initial_plan((*keys.shape[:-2], n_blocks)) if block == TILE else None,
             sound=jnp.ones(length.shape, bool),
             codec=policy.make_codec(),
             block_size=block,
@@ -171,7 +172,7 @@ class TieredKVCache:
     def at(self, layer: jax.Array) -> TieredKVCache:
         """View of one layer of a stacked cache. Tier 2 is not sliced here (that would copy a layer of host
         memory); `page_in` adds the layer's index to what it reads."""
-        names = ("codes", "notes", "sink_keys", "sink_values", "ring_keys", "ring_values", "stats", "aim")
+        names = ("codes", "notes", "sink_keys", "sink_values", "ring_keys", "ring_values", "stats", "plan")
         stacked = {name: getattr(self, name) for name in names}
         leaves = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, layer, 0, keepdims=False), stacked)
         return self.replace(**leaves, layer=layer)

@@ -14,7 +14,6 @@ from certjax.cache import TieredKVCache
 from certjax.certificate import Certificate, empty_certificate
 from certjax.checks import scrubbed
 from certjax.dense_cache import DenseKVCache
-from certjax.fused.aim import corrected
 from certjax.fused.dispatch import FUSED, pick_backend
 from certjax.models.llama.config import LlamaConfig
 from certjax.models.llama.modeling import decode_step
@@ -171,12 +170,14 @@ def step(
     positions = cache.length if positions is None else positions
     logits, cache, records = decode_step(config, params, cache, tokens, positions, plug)
     cache = cache.advance(1) if mode == "dense" else cache.advance()
-    certificate = None if records is None else Certificate.unpacked(records)
-    if mode == "certified" and pick_backend(policy, cache, config.n_heads) in FUSED:
-        cache = corrected(cache, policy, certificate)
-        if policy.scrub:
-            cache = scrubbed(cache, policy.scrub)
-    return logits, cache, certificate
+    if mode != "certified":
+        return logits, cache, None
+    certificates, plan = records
+    if plan is not None:
+        cache = cache.replace(plan=plan)
+    if policy.scrub and pick_backend(policy, cache, config.n_heads) in FUSED:
+        cache = scrubbed(cache, policy.scrub)
+    return logits, cache, Certificate.unpacked(certificates)
 
 
 @functools.partial(jitted, static_argnames=("config", "mode", "policy", "sampling"), donate_argnames=("state",))

@@ -2,7 +2,7 @@
 
 A plug is `attend(q, k, v, cache, layer) -> (out, cache, record)`: it stores the token's key and value at
 `layer` of a stacked cache and attends to everything stored. `q`: [b, 1, Hq, d]; `k`, `v`: [b, 1, Hkv, d]. It is made
-for one step; its record is `Certificate.packed`, or None.
+for one step; its record is None, or `Certificate.packed` and what the layer's part of `cache.plan` is to be (or None).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def make_plug(mode: Mode, policy: Policy, cache: DenseKVCache | TieredKVCache, n
     if mode == "dense":
         return _dense
     if mode in ("naive", "certified"):
-        common = common_to_layers(cache.counting(), policy, n_query_heads)
+        common = common_to_layers(cache.counting(), policy, n_query_heads, naive=mode == "naive")
         return functools.partial(_naive if mode == "naive" else _certified, policy=policy, common=common)
     raise InvalidArgumentError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}.")
 
@@ -72,5 +72,5 @@ def _naive(q, k, v, cache: TieredKVCache, layer, *, policy: Policy, common: Shar
 
 def _certified(q, k, v, cache: TieredKVCache, layer, *, policy: Policy, common: Shared | None):
     cache = append(cache, k[:, 0], v[:, 0], layer, policy, q.shape[2])
-    out, certificate = certified_layer(q[:, 0], cache.counting(), layer, policy, common)
-    return out[:, None], cache, certificate.packed()
+    out, certificate, plan = certified_layer(q[:, 0], cache.counting(), layer, policy, common)
+    return out[:, None], cache, (certificate.packed(), plan)

@@ -16,9 +16,11 @@ class Kernels:
     scan: Callable
     coarse: Callable
     fine: Callable
+    fine_beside: Callable  # with fewer programs that read from the host, beside the scan
     originals: Callable
     splits: int  # most parts that sums over a head's tiles come in
-    fewest: int  # and least, of those that originals are dealt out to
+    fewest: int  # programs that a head's tiles are dealt out to, and least
+    fewest_dense: int  # the same of `originals`
     chained: bool = False  # what is between them runs in Triton kernels, see `certjax.fused.chain`
 
 
@@ -28,6 +30,10 @@ PROCESSORS = 132
 WINDOWS = 3
 """Tiles of the windows, at the default sizes, each of which has a program of its own in the scan."""
 
+READERS, READERS_BESIDE = 32, 8
+"""Programs of a head that may read from the host: many, so that few pieces share one; or few, which leave the scan
+beside them the processors' memory."""
+
 
 def reference_kernels(splits: int = 4) -> Kernels:
     """The `jnp` twins: every device, for tests."""
@@ -36,26 +42,37 @@ def reference_kernels(splits: int = 4) -> Kernels:
     from pallas_kernels.originals.reference import attend_originals
     from pallas_kernels.scan.reference import scan_tiles
 
-    dealt = (functools.partial(f, splits=splits) for f in (attend_coarse, attend_fine, attend_originals))
-    return Kernels("reference", scan_tiles, *dealt, 2 * splits, splits)
+    kernels = scan_tiles, attend_coarse, attend_fine, attend_fine, attend_originals
+    return Kernels(
+        "reference", *(functools.partial(f, splits=splits) for f in kernels), splits=2 * splits, fewest=splits,
+        fewest_dense=splits,
+    )  # fmt: skip
 
 
 def mosaic_kernels(n_heads: int) -> Kernels:
     """Pallas on Mosaic GPU. `n_heads`: KV heads of all sequences, which share the device's processors."""
     from pallas_kernels.coarse.mosaic import attend_coarse
-    from pallas_kernels.fine.mosaic import READERS, attend_fine
+    from pallas_kernels.fine.mosaic import attend_fine
     from pallas_kernels.originals.mosaic import attend_originals
     from pallas_kernels.scan.mosaic import scan_tiles
 
-    def dealt(kernel, at_once: int, others: int = 0):
-        splits = max(1, min(64, at_once * PROCESSORS // n_heads - others))
-        return functools.partial(kernel, splits=splits - splits % 2 or 1)
+    def programs(at_once: float, others: int = 0) -> int:
+        """Of a head, where so many run on a processor at once."""
+        return max(1, min(64, int(at_once * PROCESSORS) // n_heads - others))
 
-    second = dealt(attend_coarse, 4), dealt(attend_fine, 2)
-    originals = dealt(attend_originals, 2)
+    # Beside the scan there is room for a program of `fine_beside` on a fifth of the processors; those of both that find
+    # nothing to do return at once.
+    scan, coarse, fine = programs(2.8, WINDOWS), programs(4), programs(2)
+    originals = programs(2) // 2 * 2 or 1  # even: two share a tile
     return Kernels(
-        "mosaic_gpu", dealt(scan_tiles, 4, WINDOWS), *second, originals,
-        splits=sum(x.keywords["splits"] for x in second),
-        fewest=min(READERS, *(x.keywords["splits"] for x in (*second, originals))),
+        "mosaic_gpu",
+        scan=functools.partial(scan_tiles, splits=scan),
+        coarse=functools.partial(attend_coarse, splits=coarse),
+        fine=functools.partial(attend_fine, splits=fine, readers=READERS),
+        fine_beside=functools.partial(attend_fine, splits=fine, readers=READERS_BESIDE),
+        originals=functools.partial(attend_originals, splits=originals),
+        splits=max(scan, coarse) + fine,
+        fewest=min(scan, coarse, fine),
+        fewest_dense=originals,
         chained=importlib.util.find_spec("triton") is not None,
-    )  # fmt: skip
+    )

@@ -9,6 +9,7 @@ by its whole text (docs/kernels.md), which is more than most of them take.
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Any
 
 import jax
@@ -21,6 +22,10 @@ TARGET = "__gpu$xla.gpu.triton"
 """XLA's name for a call of a kernel in Triton's intermediate language."""
 
 TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "int32": "*i32", "int8": "*i8"}
+
+
+ONE_AT_A_TIME = threading.Lock()
+"""XLA runs what does not depend on each other at once; Triton's interpreter changes the language for all threads."""
 
 
 def launch(
@@ -71,7 +76,9 @@ def _interpret(kernel, *arrays, out, grid, in_place, constants):
     results = [_Tensor(np.full(x.shape, 77, x.dtype)) for x in (out if several else [out])]
     for i, o in in_place.items():
         results[o].array[...] = arrays[i]
-    kernel[grid](*(_Tensor(np.array(x)) for x in arrays), *results, **constants)
+    tensors = [_Tensor(np.array(x)) for x in arrays]
+    with ONE_AT_A_TIME:
+        kernel[grid](*tensors, *results, **constants)
     found = [x.array for x in results]
     return found if several else found[0]
 

@@ -24,8 +24,11 @@ once."""
 COUNTS = 5
 
 CHUNK = 128
-"""Tiles whose sums the kernels hand each other. Of each a head's `summary` has one number: how many pieces are read
-from the host, and, times TILES_READ, how many tiles at their finest."""
+"""Tiles whose sums the kernels hand each other."""
+
+LOOK = 8
+"""Tiles of which a head's `summary` has one number: how many pieces are read from the host, and, times TILES_READ, how
+many tiles at their finest."""
 
 TILES_READ = 2**16
 
@@ -60,6 +63,13 @@ def pieces_of(words):
     return words >> 8
 
 
+def sane(words):
+    """A plan's number, whatever is there: kernels and judge go by bits of pieces where some are promoted, and nowhere
+    else."""
+    level = jnp.minimum(level_of(words), PROMOTED)
+    return jnp.where(level == PROMOTED, word(level, pieces_of(words)), level)
+
+
 def level_of_rest(words, d: int):
     """The level at which what is not promoted is read: PROMOTED where nothing is left."""
     rest = jnp.where(pieces_of(words) == every_piece(d), PROMOTED, FINEST)
@@ -71,6 +81,16 @@ def promoted_pieces(words, d: int):
     return (pieces_of(words)[..., None] >> jnp.arange(pieces_of_a_tile(d))) & 1 == 1
 
 
+def initial_plan(shape: tuple[int, ...]):
+    """Of tiles that no plan has been made for."""
+    return jnp.full(shape, COARSE, jnp.uint16)
+
+
+def at_work(tiles, programs: int):
+    """Programs of a head that share so many tiles."""
+    return jnp.minimum(tiles, programs)
+
+
 def counts_of(words, active, give_up):
     """`[H, COUNTS]` int32 of words and active tiles `[H, NT]`, and of `give_up` `[H]`."""
     of_level = [(level_of(words) == i).sum(1) for i in (COARSE, FINEST, PROMOTED)]
@@ -78,14 +98,18 @@ def counts_of(words, active, give_up):
 
 
 def length_of_summary(n_tiles: int) -> int:
-    """Chunks of a head, padded to whole 16 bytes."""
-    chunks = -(-n_tiles // CHUNK)
-    return chunks + -chunks % 4
+    """Numbers of a head, of whole chunks."""
+    return -(-n_tiles // CHUNK) * (CHUNK // LOOK)
+
+
+def n_pieces(summary):
+    """Pieces of a head that are read from the host: [H, .] -> [H]."""
+    return (summary % TILES_READ).sum(1)
 
 
 def summary_of(words, d: int):
     """`[H, length_of_summary]` int32 of words `[H, NT]`."""
     heads, n_tiles = words.shape
     n = promoted_pieces(words, d).sum(2) + TILES_READ * (level_of_rest(words, d) == FINEST)
-    n = jnp.pad(n, ((0, 0), (0, length_of_summary(n_tiles) * CHUNK - n_tiles)))
-    return n.reshape(heads, -1, CHUNK).sum(2).astype(jnp.int32)
+    n = jnp.pad(n, ((0, 0), (0, length_of_summary(n_tiles) * LOOK - n_tiles)))
+    return n.reshape(heads, -1, LOOK).sum(2).astype(jnp.int32)

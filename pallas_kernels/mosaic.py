@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.levels import CHUNK, TILE
+from pallas_kernels.levels import LOOK, TILE, TILES_READ, pieces_of
 from pallas_kernels.query import PARTS, row_of_flags, together
 
 PARAMS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
@@ -42,7 +42,7 @@ def over_columns(x: jax.Array, columns: int) -> jax.Array:
 
 
 def integer_dot(keys, queries) -> jax.Array:
-    """`k.q` with the three bytes of a query: int8 [TILE, d], [C, d] thrice -> float32 [TILE, C].
+    """`k.q` with the three bytes of a query: int8 [n, d], [C, d] thrice -> float32 [n, C].
 
     Each byte's product is exact; float32 rounds their sum.
     """
@@ -53,11 +53,11 @@ def integer_dot(keys, queries) -> jax.Array:
         plgpu.wgmma_wait(0)
         return [ref[...] for ref in sums]
 
-    return together(pl.run_scoped(dot, *[plgpu.ACC((TILE, queries[0].shape[0]), jnp.int32)] * PARTS))
+    return together(pl.run_scoped(dot, *[plgpu.ACC((keys.shape[0], queries[0].shape[0]), jnp.int32)] * PARTS))
 
 
 def store_weights(weights: jax.Array, ref) -> None:
-    """Weights `[TILE, C]` float32 as `query.in_two_halves` has them, turned: `[C, TILE]` bfloat16. Columns repeat, so
+    """Weights `[n, C]` float32 as `query.in_two_halves` has them, turned: `[C, n]` bfloat16. Columns repeat, so
     that each half takes its own."""
     high = weights.astype(jnp.bfloat16).astype(jnp.float32)
     ref.transpose((1, 0))[...] = jnp.where(in_first_half(weights), high, weights - high).astype(jnp.bfloat16)
@@ -116,17 +116,14 @@ SUMS = 4
 first two takes the same times the key's scale."""
 
 
-def store_sums(w: jax.Array, scaled: jax.Array, nu, key_scale, target) -> None:
-    """`target`: [SUMS, C]. `w`, `scaled`: [TILE, C]; `nu`: [TILE] uint8; `key_scale`: [TILE]."""
+def sums_of(w: jax.Array, scaled: jax.Array, nu, key_scale) -> list[jax.Array]:
+    """Of some tokens, [C] each. `w`, `scaled`: [n, C]; `nu`: [n] uint8; `key_scale`: [n]."""
     both = jnp.where(in_first_half(w), w, times(w, key_scale))
-    target[0] = both.sum(axis=0)
-    target[1] = times(both, nu).sum(axis=0)
-    target[2] = (w * w).sum(axis=0)
-    target[3] = scaled.sum(axis=0)
+    return [x.sum(axis=0) for x in (both, times(both, nu), w * w, scaled)]
 
 
 def times(w: jax.Array, ref) -> jax.Array:
-    """`w` [TILE, C] with each token's factor from `ref` [TILE]."""
+    """`w` [n, C] with each token's factor from `ref` [n]."""
     return w * over_columns(ref[...].astype(jnp.float32), w.shape[1])
 
 
@@ -142,30 +139,9 @@ def list_chosen(flags, chosen: Callable, order, split: jax.Array, splits: int) -
     Program `split` of `splits` looks at tiles `split`, `split + splits` ...: what lies together is shared out.
     """
     n = flags.shape[0] * flags.shape[1]
-    count = _look_through(flags, chosen, order, split, splits, (n - split + splits - 1) // splits, jnp.int32(0))
-    plgpu.commit_smem()  # every thread has written before any reads
-    return count
 
-
-def list_in_chunks(flags, summary, here: Callable, chosen: Callable, order, split: jax.Array, splits: int) -> jax.Array:
-    """`list_chosen` that passes over chunks whose `summary` is not `here`."""
-    n = flags.shape[0] * flags.shape[1]
-
-    def look_at(chunk, count):
-        start = chunk * CHUNK
-        first = start + lax.rem(split + (splits - lax.rem(start, splits)), splits)
-        visits = (jnp.minimum(start + CHUNK, n) - first + splits - 1) // splits
-        visits = jnp.where(here(summary[chunk]), visits, 0)
-        return _look_through(flags, chosen, order, first, splits, visits, count)
-
-    count = lax.fori_loop(0, -(-n // CHUNK), look_at, jnp.int32(0))
-    plgpu.commit_smem()
-    return count
-
-
-def _look_through(flags, chosen: Callable, order, first, step: int, visits, count: jax.Array) -> jax.Array:
     def visit(i, count):
-        tile = first + i * step
+        tile = split + i * splits
         taken = chosen(flag_of(flags, tile))
 
         @pl.when(taken)
@@ -174,7 +150,65 @@ def _look_through(flags, chosen: Callable, order, first, step: int, visits, coun
 
         return count + jnp.where(taken, jnp.int32(1), jnp.int32(0))
 
-    return lax.fori_loop(0, visits, visit, count)
+    count = lax.fori_loop(0, (n - split + splits - 1) // splits, visit, jnp.int32(0))
+    plgpu.commit_smem()  # every thread has written before any reads
+    return count
+
+
+def list_by_summary(flags, summary, here: Callable, chosen: Callable, order, split: jax.Array, splits) -> jax.Array:
+    """As `list_chosen`, of runs of LOOK tiles: programs look at runs `split`, `split + splits` ..., and pass over those
+    whose number of `summary` is not `here`. No number is divided by `splits`, which a program may have to read."""
+
+    def put(tile, count):
+        taken = chosen(flag_of(flags, tile))
+
+        @pl.when(taken)
+        def _():
+            order[count] = tile
+
+        return count + jnp.where(taken, jnp.int32(1), jnp.int32(0))
+
+    return _list(flags, summary, here, put, split, splits)
+
+
+def most_listed(n: int, splits: int) -> int:
+    """Tiles of `n` that a program lists at most, where as many are at work as there are tiles, or `splits`."""
+    return max(splits, pl.cdiv(pl.cdiv(n, LOOK), splits) * LOOK)
+
+
+def list_pieces(flags, summary, pieces: int, order, split: jax.Array, splits) -> jax.Array:
+    """The same of pieces that are read from the host, numbered through all tiles of `pieces`."""
+
+    def put(tile, count):
+        bits = pieces_of(flag_of(flags, tile))
+
+        def put_piece(piece, count):
+            taken = lax.shift_right_logical(bits, piece) & 1 == 1
+
+            @pl.when(taken)
+            def _():
+                order[count] = tile * pieces + piece
+
+            return count + jnp.where(taken, jnp.int32(1), jnp.int32(0))
+
+        return lax.fori_loop(0, jnp.where(bits > 0, pieces, 0), put_piece, count)
+
+    return _list(flags, summary, lambda n: n % TILES_READ > 0, put, split, splits)
+
+
+def _list(flags, summary, here: Callable, put: Callable, split: jax.Array, splits) -> jax.Array:
+    n = flags.shape[0] * flags.shape[1]
+    runs = pl.cdiv(n, LOOK)
+
+    def look_at(carry):
+        run, count = carry
+        tiles = jnp.where(here(summary[run]), jnp.minimum(LOOK, n - run * LOOK), jnp.int32(0))
+        count = lax.fori_loop(0, tiles, lambda i, count: put(run * LOOK + i, count), count)
+        return run + splits, count
+
+    _, count = lax.while_loop(lambda carry: carry[0] < runs, look_at, (split, jnp.int32(0)))
+    plgpu.commit_smem()
+    return count
 
 
 def flag_of(flags, tile: jax.Array) -> jax.Array:

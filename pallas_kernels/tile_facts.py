@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from pallas_kernels import numerics as num
-from pallas_kernels.device_math import expm1_up, growth_up, least, most, second_order_up
+from pallas_kernels.device_math import expm1_up, growth_up, least, second_order_up
 
 SLACK = tl.constexpr(num.NORM_SLACK)
 FLUSHED = tl.constexpr(128**0.5 * 2.0**-63)
@@ -74,41 +74,7 @@ def linear_value_terms(a, scaled, eta, rho_v):
 
 
 @triton.jit
-def window_scale(peak, HIGHEST: tl.constexpr):
-    """Of weights in units of the largest, `2^peak`; not a finite number above HIGHEST, so that the head-step fails."""
-    return tl.where(peak <= HIGHEST, tl.exp2(peak), float("inf"))
-
-
-@triton.jit
 def folded(x, D: tl.constexpr, C: tl.constexpr):
     """Both halves of the columns of `x` [D, C] (or flat) added up, in each half."""
     x = tl.sum(tl.reshape(x, (D, 2, C // 2)), 1)
     return tl.reshape(tl.broadcast_to(x[:, None], (D, 2, C // 2)), (D, C))
-
-
-@triton.jit
-def add_originals(
-    acc, sums, first, N: tl.constexpr, AT_ONCE: tl.constexpr, D: tl.constexpr, C: tl.constexpr, HIGHEST: tl.constexpr
-):
-    """Attention to originals in N parts, rows from `first` on of `acc` [., d, C] and `sums` [., 4, C]: what the weights
-    add up to with values and without, [D, C] and [C], in units of e^reference, and the squares of the longest key and
-    value."""
-    values = tl.zeros((D * C,), tl.float32)
-    total, key, value = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
-    flat = tl.arange(0, D * C)[None]
-    for start in tl.static_range(0, N, AT_ONCE):
-        part = start + tl.arange(0, AT_ONCE)[:, None]
-        of, here = sums + (first + part) * (4 * C) + tl.arange(0, C)[None], part < N
-        found = tl.load(of, mask=here, other=0.0)
-        scale = window_scale(tl.load(of + 3 * C, mask=here, other=0.0), HIGHEST)
-        total += tl.sum(found * scale, 0)
-        key = most(key, tl.max(tl.load(of + C, mask=here, other=0.0), 0))
-        value = most(value, tl.max(tl.load(of + 2 * C, mask=here, other=0.0), 0))
-        # The same by element of `acc`. A part that read nothing says so by a total of 0, and by nothing else.
-        of = sums + (first + part) * (4 * C) + flat % C
-        found = tl.load(of, mask=here, other=0.0)
-        scale = window_scale(tl.load(of + 3 * C, mask=here, other=0.0), HIGHEST)
-        read = here & (found != 0)
-        products = tl.load(acc + (first + part) * (D * C) + flat, mask=read, other=0.0)
-        values += tl.sum(products * tl.where(read, scale, 0.0), 0)
-    return folded(values, D, C), total, key, value

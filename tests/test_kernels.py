@@ -56,15 +56,20 @@ def calls(d: int):
     pieces = jax.random.choice(jax.random.key(3), some, flags.shape)
     words = lv.word(levels, jnp.where(levels == lv.PROMOTED, pieces, 0)).astype(jnp.int32)
     counts = lv.counts_of(words, x.active, jnp.zeros(len(words), bool))
-    scan = (x.index, x.meta, q.kernel, x.keys, x.key_scale, x.value_scale, x.nu, x.live, x.windows)
+    summary = lv.summary_of(words, d)
+    scan = (
+        x.index, x.meta, words, q.kernel, x.keys, x.key_scale, x.values, x.value_scale, x.nu, x.live, x.windows,
+    )  # fmt: skip
     weights = dispatch.reference_kernels().scan(*scan)[1]
+    fine = (
+        x.index, words, counts, summary, q.kernel, x.keys, x.keys_low, x.key_scale, x.values, x.values_low,
+        x.value_scale, x.nu, x.host_keys, x.host_values,
+    )  # fmt: skip
     return {
         "scan": scan,
-        "coarse": (x.index, words, weights, x.values),
-        "fine": (
-            x.index, words, counts, lv.summary_of(words, d), q.kernel, x.keys, x.keys_low, x.key_scale, x.values,
-            x.values_low, x.value_scale, x.nu, x.host_keys, x.host_values,
-        ),
+        "coarse": (x.index, words, counts, weights, x.values),
+        "fine": fine,
+        "fine_beside": fine,
         "originals": (x.index, x.meta, flags, flags.max(1), q.kernel, x.host_keys, x.host_values),
     }, np.asarray(x.active), np.asarray(words)  # fmt: skip
 
@@ -112,7 +117,7 @@ def expected_weights(d: int, level: int, q, x, cache, plain):
 @EVERY
 def test_scan_sums_weights_of_coarse_keys(d):
     cache, x, q, plain = operands(d)
-    stats, halves, acc, sums = dispatch.reference_kernels().scan(*calls(d)[0]["scan"])
+    stats, halves, _, acc, sums = dispatch.reference_kernels().scan(*calls(d)[0]["scan"])
     group = GROUPS[d]
     w = expected_weights(d, 0, q, x, cache, plain).reshape(B * H, -1, 128, group)
     nu, scale = (f64(a[1]).reshape(B * H, -1, 128, 1) for a in (x.nu, x.value_scale))
@@ -190,7 +195,7 @@ def test_kernels_lower_for_cuda_without_a_gpu(d):
 
     lowered = step.trace(q, shapes).lower(lowering_platforms=("cuda",))
     calls = re.findall(r"custom_call @(\w*mosaic_gpu\w*)", lowered.as_text())
-    assert len(calls) == 4  # scan, both parts of the second pass, dense heads
+    assert len(calls) == 5  # scan, fine, both parts of a second pass, dense heads
 
 
 def interpreted():
@@ -199,7 +204,7 @@ def interpreted():
     return mosaic.InterpretGPUParams(detect_races=True)
 
 
-KERNELS = pytest.mark.parametrize("name", ["scan", "coarse", "fine", "originals"])
+KERNELS = pytest.mark.parametrize("name", ["scan", "coarse", "fine", "fine_beside", "originals"])
 SLOTS = 256
 """KV heads for which a head has one program: it reads nine tiles, more than there are slots for."""
 
@@ -232,6 +237,7 @@ def test_interpreted_fine_finds_its_tiles_in_every_chunk():
         acc, stats, *host = jax.jit(kernel)(*jax.tree.map(np.asarray, arguments))
         want, want_stats, *want_host = dispatch.reference_kernels().fine(*arguments)
         left = np.asarray(lv.level_of_rest(words, d)) == lv.FINEST
+        acc, host = working(words, acc, host)
         for a, b in (
             (qr.folded(acc.sum(1)), qr.folded(want.sum(1))), (stats[left], want_stats[left]),
             (ops_joined(*host), ops_joined(*want_host)),
@@ -260,21 +266,21 @@ def check_against_twin(d, name, kernel):
 
     def meaningful(result):
         if name == "scan":
-            stats, halves, *windows = result
+            stats, halves, coarse, *windows = result
             halves = np.asarray(halves, np.float32).swapaxes(2, 3)
             stats = np.asarray(stats)
             acc, sums = windows
-            return [np.asarray(x) for x in (stats[active], qr.folded(halves)[active], qr.folded(acc), sums)]
+            coarse = qr.folded(coarse.sum(1))
+            found = stats[active], qr.folded(halves)[active], coarse, qr.folded(acc), sums
+            return [np.asarray(x) for x in found]
         if name == "coarse":
-            return [np.asarray(qr.folded(result.sum(1)))]
-        if name == "fine":
+            some = (lv.level_of(words) == lv.COARSE).any(1)
+            return [np.asarray(qr.folded(result.sum(1)))[some]]
+        if name in ("fine", "fine_beside"):
             acc, stats, *host = result
             level = np.asarray(lv.level_of_rest(words, d))
-            promoted, some = (lv.level_of(words) == 3).any(1), (lv.level_of(words) >= 2).any(1)
-            return [
-                np.asarray(qr.folded(acc.sum(1)))[some], np.asarray(stats)[level == 2],
-                ops_joined(*(np.asarray(x)[promoted] for x in host)),
-            ]  # fmt: skip
+            acc, host = working(words, acc, host)
+            return [np.asarray(qr.folded(acc.sum(1))), np.asarray(stats)[level == 2], ops_joined(*host)]
         return [ops_joined(*result)]
 
     got, want = map(meaningful, results)
@@ -282,6 +288,17 @@ def check_against_twin(d, name, kernel):
         a, b = f64(a), f64(b)
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5 * np.abs(b[np.abs(b) < 1e29]).max())
     return got
+
+
+def working(words, acc, host):
+    """What programs of `fine` found that are at work, of what may be anything."""
+    n_promoted, n_refined = ((lv.level_of(np.asarray(words)) >= level).sum(1) for level in (lv.PROMOTED, lv.FINEST))
+
+    def kept(x, n):
+        here = np.arange(x.shape[1]) < np.minimum(n, x.shape[1])[:, None]
+        return np.where(here[..., None, None], x, 0.0)
+
+    return kept(acc, n_refined), [kept(x, n_promoted) for x in host]
 
 
 def ops_joined(acc, sums):

@@ -64,8 +64,8 @@ def test_the_harness_notices_an_unsound_bound(monkeypatch):
     """Mutation: a quarter of every bound, and violations must appear."""
     certify = soundness.certify
 
-    def quartered(*inputs, policy):
-        out, record = certify(*inputs, policy=policy)
+    def quartered(*inputs, **rest):
+        out, record = certify(*inputs, **rest)
         return out, record.replace(e_total=record.e_total * 0.25)
 
     monkeypatch.setattr(soundness, "certify", quartered)

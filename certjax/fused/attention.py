@@ -1,4 +1,5 @@
-"""One certified decode step in four kernels: scan, coarse, fine (which promotes), dense per head.
+"""One certified decode step in kernels: scan and fine (which promotes) by the plan of the step before; where the bound
+does not hold, coarse and fine by a new one; dense per head.
 
 No conditional leaves the kernels: a kernel whose flags are all off returns at once, so that the host is never asked.
 """
@@ -6,10 +7,12 @@ No conditional leaves the kernels: a kernel whose flags are all off returns at o
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from certjax.cache import TieredKVCache
 from certjax.certificate import Certificate
@@ -17,12 +20,12 @@ from certjax.fused import bound as bd
 from certjax.fused import operands as ops
 from certjax.fused import reduce as rd
 from certjax.fused.ladder import heads_to_give_up
-from certjax.fused.plan import Plan, choose
-from certjax.fused.record import BOUNDS, certificate
+from certjax.fused.plan import Plan, choose, due, held
+from certjax.fused.record import BOUNDS, Reads, certificate
 from certjax.policy import Policy
 from pallas_kernels import levels as lv
 from pallas_kernels.dispatch import Kernels
-from pallas_kernels.levels import FINEST, PROMOTED, SKIP
+from pallas_kernels.levels import FINEST, PROMOTED
 from pallas_kernels.originals.reference import LOWEST
 from pallas_kernels.query import distinct, folded
 
@@ -35,8 +38,9 @@ def fused_attention(
     kernels: Kernels,
     sound: jax.Array,
     common: ops.Shared | None = None,
-) -> tuple[jax.Array, Certificate]:
-    """As `certified_attention`, for one layer of a stacked cache.
+) -> tuple[jax.Array, Certificate, jax.Array | None]:
+    """As `certified_attention`, for one layer of a stacked cache; and the plan for the next step, `[b, Hkv, NB]`
+    (`cache.plan`), where the policy has a tolerance.
 
     Parameters
     ----------
@@ -53,11 +57,17 @@ def fused_attention(
     """
     step = _Step(q, cache, layer, policy, kernels, common)
     scan = step.scan()
-    plan = step.plan(scan)
-    found = step.attend(scan, plan, promote=policy.tolerance is not None)
-    judged = step.judge(found, plan)
-    passed = step.consistent(scan, plan, found)
-    return step.finish(judged, plan, passed, sound)
+    plan = step.plan()
+    if policy.tolerance is None:
+        first = step.attempt(scan, plan, scan.coarse, step.fine(kernels.fine, plan))
+        return (*step.finish(first, None, sound), None)
+    first = step.attempt(scan, plan, scan.coarse, step.fine(kernels.fine_beside, plan))
+    fresh = step.fresh(scan, first.judged)
+    again = step.again(first.judged)
+    second = step.attempt(scan, fresh, step.values_at_coarse(scan, fresh), step.fine(kernels.fine, fresh))
+    second = second.replace(passed=second.passed & first.passed)
+    words = held(plan.words, fresh, again | step.by_head(due(cache.length, layer)), step.layer.active)
+    return (*step.finish(first, (again, second), sound), words.reshape(cache.plan.shape[1:]))
 
 
 def fused_naive(
@@ -70,15 +80,25 @@ def fused_naive(
 ) -> jax.Array:
     """Tier 1 at its finest and the windows, nothing checked: `[b, Hkv, G, d]` float32."""
     step = _Step(q, cache, layer, policy, kernels, common)
-    plan = step.everything()
-    found = step.attend(step.scan(only_windows=True), plan, promote=False, finest=True)
+    plan, scan = step.plan(), step.scan(only_windows=True)
+    found = step.joined(scan, plan, scan.coarse, step.fine(kernels.fine, plan))
     return step.judge(found, plan).out[:, : q.shape[2]].reshape(q.shape)
 
 
 class _Scan(NamedTuple):
     sums: bd.TileSums
     weights: jax.Array  # [H, NT, C, 128] bfloat16
+    coarse: jax.Array  # [H, d, G], of tiles that the plan has at their coarsest
     windows: bd.Exact
+
+
+@struct.dataclass
+class _Attempt:
+    """What came of reading by a plan."""
+
+    plan: Plan
+    judged: bd.Judged
+    passed: jax.Array  # [b, Hkv, G] bool, the canary
 
 
 @dataclasses.dataclass
@@ -92,7 +112,7 @@ class _Step:
 
     def __post_init__(self):
         self.batch, self.n_heads, self.group, self.d = self.q.shape
-        common = ops.shared(self.cache) if self.common is None else self.common
+        common = ops.shared(self.cache, self.policy.tolerance is None) if self.common is None else self.common
         self.layer = ops.layer_of(self.cache, self.index, common)
         self.queries = ops.prepare(self.q.reshape(-1, self.group, self.d), self.layer)
         self.n_tiles = self.cache.n_blocks
@@ -100,45 +120,66 @@ class _Step:
     def scan(self, only_windows: bool = False) -> _Scan:
         x, q = self.layer, self.queries
         meta = x.meta.at[:, 1].set(x.meta[:, 0]) if only_windows else x.meta
-        stats, weights, acc, window_sums = self.kernels.scan(
-            x.index, meta, q.kernel, x.keys, x.key_scale, x.value_scale, x.nu, x.live, x.windows
+        stats, weights, coarse, acc, window_sums = self.kernels.scan(
+            x.index, meta, x.words, q.kernel, x.keys, x.key_scale, x.values, x.value_scale, x.nu, x.live, x.windows
         )
         sums = bd.tile_sums(jnp.where(x.active[..., None, None], stats, 0.0), x)
-        return _Scan(sums, weights, bd.exact_of(folded(acc), distinct(window_sums, 3)))
+        windows = bd.exact_of(folded(acc), distinct(window_sums, 3))
+        return _Scan(sums, weights, folded(coarse.sum(1)), windows)
 
-    def everything(self) -> Plan:
-        """Tier 1 as finely as it is stored."""
-        active = self.layer.active
-        return Plan(jnp.where(active, FINEST, SKIP), jnp.zeros_like(active[:, 0]))
+    def plan(self) -> Plan:
+        """What the scan reads values by."""
+        x = self.layer
+        return Plan(x.words[:, : self.n_tiles], jnp.zeros(len(x.words), bool), x.counts, x.summary)
 
-    def plan(self, scan: _Scan) -> Plan:
-        if self.policy.tolerance is None:
-            return self.everything()
+    def fresh(self, scan: _Scan, judged: bd.Judged) -> Plan:
+        """A plan by what came of the one before."""
         summed = bd.summing(self.d, self.additions, bd.TILE + self.n_tiles + 64)
         return choose(
-            self.policy, self.batch, self.group, scan.sums, scan.weights, scan.windows, self.queries, self.layer, summed
+            self.policy, self.batch, self.group, scan.sums, scan.weights, judged, self.queries, self.layer, summed
         )
 
-    def attend(self, scan: _Scan, plan: Plan, *, promote: bool, finest: bool = False) -> bd.Pass:
-        """Read what a plan asks for; without `promote` it asks for nothing of tier 2, with `finest` for everything at
-        its finest."""
-        x, q = self.layer, self.queries
-        counts = self.counts(plan)
-        acc, stats, *host = self.kernels.fine(
-            x.index, plan.words, counts, lv.summary_of(plan.words, self.d), q.kernel, x.keys, x.keys_low, x.key_scale,
-            x.values, x.values_low, x.value_scale, x.nu, *((x.host_keys, x.host_values) if promote else (None, None)),
-        )  # fmt: skip
-        some = counts[:, lv.N_FINEST] + counts[:, lv.N_PROMOTED] > 0
-        values = jnp.where(some[:, None, None], folded(acc.sum(1)), 0.0)
-        if not finest:
-            values += folded(self.kernels.coarse(x.index, plan.words, scan.weights, x.values).sum(1))
-        exact = scan.windows
-        if promote:
-            exact = bd.joined(exact, _found(host, counts[:, lv.N_PROMOTED] > 0))
-        return bd.Pass(scan.sums, bd.tile_sums(stats, x), lv.level_of_rest(plan.words, self.d), values, exact)
+    def again(self, judged: bd.Judged) -> jax.Array:
+        """Heads of rows whose tolerance is not kept: [H] bool."""
+        norm, e_total = (self.grouped(x) for x in (judged.norm, judged.e_total))
+        nobody = jnp.zeros((self.batch, self.n_heads), bool)
+        return self.by_head(heads_to_give_up(self.policy, norm, e_total, nobody).any(1))
 
-    def counts(self, plan: Plan) -> jax.Array:
-        return lv.counts_of(plan.words, self.layer.active, plan.give_up)
+    def by_head(self, rows: jax.Array) -> jax.Array:
+        """`[b]` -> `[H]`."""
+        return jnp.repeat(rows, self.n_heads)
+
+    def values_at_coarse(self, scan: _Scan, plan: Plan) -> jax.Array:
+        """Of tiles that a plan made after the scan has at their coarsest: [H, d, G]."""
+        counts = plan.counts
+        found = self.kernels.coarse(self.layer.index, plan.words, counts, scan.weights, self.layer.values)
+        return jnp.where(counts[:, lv.N_COARSE, None, None] > 0, folded(found.sum(1)), 0.0)
+
+    def fine(self, kernel: Callable, plan: Plan) -> list[jax.Array]:
+        """What the kernel finds of what a plan asks for at its finest and, where it has a tolerance, from the host."""
+        x = self.layer
+        host = (None, None) if self.policy.tolerance is None else (x.host_keys, x.host_values)
+        return kernel(
+            x.index, plan.words, plan.counts, plan.summary, self.queries.kernel, x.keys, x.keys_low, x.key_scale,
+            x.values, x.values_low, x.value_scale, x.nu, *host,
+        )  # fmt: skip
+
+    def attempt(self, scan: _Scan, plan: Plan, coarse: jax.Array, fine: list[jax.Array]) -> _Attempt:
+        found = self.joined(scan, plan, coarse, fine)
+        return _Attempt(plan, self.judge(found, plan), self.consistent(scan, plan, found))
+
+    def joined(self, scan: _Scan, plan: Plan, coarse: jax.Array, fine: list[jax.Array]) -> bd.Pass:
+        """All that was read by a plan. Of heads with nothing at its finest the kernels leave anything."""
+        (acc, stats, *host), counts = fine, plan.counts
+        some = lv.at_work(counts[:, lv.N_FINEST] + counts[:, lv.N_PROMOTED], acc.shape[1])
+        refining = jnp.arange(acc.shape[1]) < some[:, None]
+        values = coarse + folded(jnp.where(refining[..., None, None], acc, 0.0).sum(1))
+        exact = scan.windows
+        if host:
+            reading = jnp.arange(host[0].shape[1]) < lv.at_work(counts[:, lv.N_PROMOTED, None], host[0].shape[1])
+            exact = bd.joined(exact, _found(host, reading))
+        level = lv.level_of_rest(plan.words, self.d)
+        return bd.Pass(scan.sums, bd.tile_sums(stats, self.layer), level, values, exact)
 
     def dense(self, heads: jax.Array) -> bd.Exact:
         """Attend to all originals of `heads` `[H]`, and to nothing else."""
@@ -149,7 +190,7 @@ class _Step:
                 x.index, x.meta, chosen.astype(jnp.int32), heads.astype(jnp.int32), q.kernel, x.host_keys,
                 x.host_values, alone=True,
             ),
-            heads,
+            heads[:, None],
             alone=True,
         )  # fmt: skip
 
@@ -177,13 +218,8 @@ class _Step:
         return bd.judge(found, self.queries, self.layer, self.reads(plan), self.additions)
 
     def reads(self, plan: Plan) -> jax.Array:
-        """Most originals that a program read, of windows or pieces: [H, 1]."""
-        n_promoted = self.counts(plan)[:, lv.N_PROMOTED, None]  # a program reads a piece of each tile of its share
-        return jnp.minimum(n_promoted, most_pieces(self.per_program, self.d)) + 1
-
-    @property
-    def per_program(self) -> int:
-        return per_program_of(self.n_tiles, self.kernels)
+        """No fewer originals than a program read, windows or pieces: [H, 1]."""
+        return lv.n_pieces(plan.summary)[:, None] + 1
 
     @property
     def additions(self) -> int:
@@ -193,22 +229,36 @@ class _Step:
         """`[H, G, ...]` of the padded group to `[b, Hkv, group, ...]`."""
         return x[:, : self.group].reshape(self.batch, self.n_heads, self.group, *x.shape[2:])
 
-    def finish(self, judged: bd.Judged, plan: Plan, passed: jax.Array, sound: jax.Array):
-        """Dense attention for the heads that need it, and the record."""
+    def finish(self, first: _Attempt, second: tuple[jax.Array, _Attempt] | None, sound: jax.Array):
+        """Dense attention for the heads that need it, and the record. `second`: for which heads `[H]`, and what came
+        of it."""
+        x, counts = self.layer, first.plan.counts
+        passes = [Reads(counts, lv.n_pieces(first.plan.summary))]
+        judged, passed, gone = first.judged, first.passed, first.plan.give_up
+        if second is not None:
+            again, other = second
+
+            def either(a, b):  # [H, ...] each
+                return jnp.where(again.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+
+            judged, gone = jax.tree.map(either, (other.judged, other.plan.give_up), (judged, gone))
+            passed = jnp.where(again.reshape(self.batch, self.n_heads, 1), other.passed, passed)
+            passes.append(Reads(either(other.plan.counts, 0), either(lv.n_pieces(other.plan.summary), 0)))
+            counts = either(other.plan.counts, counts)
         out, e_total, norm = (self.grouped(x) for x in (judged.out, judged.e_total, judged.norm))
         row_failed = ~(sound & (jnp.isfinite(norm) & passed).all((1, 2)))  # [b]
-        gone = plan.give_up.reshape(self.batch, -1)
+        gone = gone.reshape(self.batch, -1)
         dense = heads_to_give_up(self.policy, norm, e_total, gone) | row_failed[:, None]  # [b, Hkv]
         found = self.dense(dense.reshape(-1))
         exact, exact_norm, error = bd.judge_dense(
-            found, self.queries, self.cache.capacity, self.per_program, self.additions
-        )
+            found, self.queries, self.cache.capacity, per_program_of(self.n_tiles, self.kernels.fewest_dense),
+            self.additions,
+        )  # fmt: skip
         out = jnp.where(dense[..., None, None], self.grouped(exact), out)
         e_total = jnp.where(dense[..., None], self.grouped(error), e_total)
         norm = jnp.where(dense[..., None], self.grouped(exact_norm), norm)
         return out, certificate(
-            self.policy, self.cache, self.layer.live, self.counts(plan),
-            lv.promoted_pieces(plan.words, self.d).sum((1, 2)).reshape(dense.shape),
+            self.policy, self.cache, x.live, counts, passes,
             jnp.where(row_failed[:, None], 2, dense.astype(jnp.int32)), sound, passed,
             bounds={name: self.grouped(getattr(judged, name)) for name in BOUNDS},
             candidate_norm=self.grouped(judged.norm), norm=norm, e_total=e_total,
@@ -217,23 +267,18 @@ class _Step:
 
 
 def _found(host, some: jax.Array, *, alone: bool = False) -> bd.Exact:
-    """Of the heads `[H]` that something was read of."""
+    """Of the heads `[H, 1]`, or their programs `[H, S]`, that read something."""
     acc, sums = host
-    some, nothing = some[:, None, None, None], jnp.array([0.0, 0.0, 0.0, LOWEST])[:, None]
+    some, nothing = some[..., None, None], jnp.array([0.0, 0.0, 0.0, LOWEST])[:, None]
     acc, sums = jnp.where(some, folded(acc), 0.0), jnp.where(some, distinct(sums, 3), nothing)
     return bd.exact_of(acc, sums, alone=alone)
 
 
-def per_program_of(n_tiles: int, kernels: Kernels) -> int:
-    """Most tiles that a program reads, or halves of tiles in the dense pass."""
-    return -(-2 * n_tiles // kernels.fewest)
-
-
-def most_pieces(per_program: int, d: int) -> int:
-    """At least as many pieces as a program reads: one of every tile of its share, of which 32 programs make 4 or 8."""
-    return per_program * lv.pieces_of_a_tile(d) // 2
+def per_program_of(n_tiles: int, fewest: int) -> int:
+    """Most tiles that one of at least so many programs of a head reads, or halves of tiles in the dense pass."""
+    return -(-2 * n_tiles // fewest)
 
 
 def additions_of(n_tiles: int, kernels: Kernels) -> int:
     """Most float32 roundings that a tile's sum goes through on its way into the sum of all."""
-    return 2 * per_program_of(n_tiles, kernels) + 2 * kernels.splits + 64
+    return 2 * per_program_of(n_tiles, kernels.fewest) + 2 * kernels.splits + 64

@@ -182,6 +182,10 @@ class Judged:
     e_val_paper: jax.Array
     delta_max: jax.Array
     tail_mass: jax.Array
+    total: jax.Array  # W
+    l_minus: jax.Array
+    from_centre: jax.Array  # of the output, rounded up
+    nu_mean: jax.Array
 
 
 def judge(found: Pass, queries: Queries, layer: Layer, reads: jax.Array, additions: int) -> Judged:
@@ -268,6 +272,10 @@ def judge(found: Pass, queries: Queries, layer: Layer, reads: jax.Array, additio
         e_val_paper=paper / total,
         delta_max=delta_max,
         tail_mass=mass,
+        total=total,
+        l_minus=l_minus,
+        from_centre=from_centre,
+        nu_mean=nu_mean,
     )
 
 

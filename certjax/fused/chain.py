@@ -1,14 +1,15 @@
 """The step of `certjax.fused.attention` with nothing between its kernels: what XLA would do there in fifty small ones,
-Triton kernels do in eight.
+Triton kernels do in nine.
 
-They are launched one after the other and hand each other what they found in global memory: prepare, scan, plan, coarse,
-fine, judge, decide, dense, finish. What each of the small ones computes is written in `jnp` in `operands`, `plan`,
-`bound` and `ladder`, its twins.
+They hand each other what they found in global memory: prepare, scan, judge, plan; coarse, fine, and judge again (which
+do nothing where the plan of the step before has served); decide, dense, finish. What each of the small ones computes is
+written in `jnp` in `operands`, `bound`, `plan` and `ladder`, its twins.
 """
 
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 
 from certjax.bounds.arithmetic import inflate
 from certjax.cache import TieredKVCache
@@ -16,8 +17,8 @@ from certjax.certificate import Certificate
 from certjax.fused import bound as bd
 from certjax.fused import operands as ops
 from certjax.fused import plan as pl
-from certjax.fused.attention import additions_of, most_pieces, per_program_of
-from certjax.fused.record import BOUNDS, certificate
+from certjax.fused.attention import additions_of, per_program_of
+from certjax.fused.record import BOUNDS, Reads, certificate
 from certjax.policy import Policy
 from pallas_kernels import levels as lv
 from pallas_kernels import numerics as num
@@ -33,7 +34,7 @@ def chained_attention(
     kernels: Kernels,
     sound: jax.Array,
     common: ops.Shared | None = None,
-) -> tuple[jax.Array, Certificate]:
+) -> tuple[jax.Array, Certificate, jax.Array]:
     """As `fused_attention`, for a policy with a tolerance."""
     from pallas_kernels.judge import record as rc
     from pallas_kernels.judge import triton as judging
@@ -55,14 +56,14 @@ def chained_attention(
         }.items()
     }  # fmt: skip
     turn, (_, flags) = ops.rotation_matrix(d), qr.row_of_flags(n_tiles)
-    tiles, additions = per_program_of(n_tiles, kernels), additions_of(n_tiles, kernels)
+    additions, halves = additions_of(n_tiles, kernels), per_program_of(n_tiles, kernels.fewest_dense)
     depth = bd.TILE + min(n_tiles, sum(judging.tiles_and_parts(n_tiles))) + 64
     rounding = rc.Rounding(
-        reads=most_pieces(tiles, d), split=bd.summed(additions + depth), turning=ops.turning_back(d),
+        split=bd.summed(additions + depth), turning=ops.turning_back(d),
         depth_gamma=num.gamma(depth), inflate=inflate(2 * depth), vanished=ops.VANISHED, highest=bd.HIGHEST,
     )  # fmt: skip
     of_dense = rc.Rounding(
-        reads=tiles, split=bd.summed(additions), turning=0.0,
+        split=bd.summed(additions), turning=0.0,
         depth_gamma=num.gamma(bd.TILE + cache.capacity // bd.TILE + 64), inflate=1.0, vanished=ops.VANISHED,
         highest=bd.HIGHEST,
     )  # fmt: skip
@@ -71,27 +72,31 @@ def chained_attention(
         q.reshape(-1, group, d), key_centre, common.largest, turn, index,
         vanished=ops.VANISHED, room=ops.ROOM, tensor_unit=ops.TENSOR_UNIT,
     )  # fmt: skip
-    stats, weights, *windows = kernels.scan(
-        index, meta, operands, x.keys, x.key_scale, x.value_scale, x.nu, x.live, x.windows
+    stats, weights, values, *windows = kernels.scan(
+        index, meta, x.words, operands, x.keys, x.key_scale, x.values, x.value_scale, x.nu, x.live, x.windows
     )
+    tier1 = x.keys, x.keys_low, x.key_scale, x.values, x.values_low, x.value_scale, x.nu
+    fine = kernels.fine_beside(index, x.words, x.counts, x.summary, operands, *tier1, x.host_keys, x.host_values)
+
+    def judge(words, counts, summary, values, fine, fine_stats, host, host_sums, before=None):
+        return judging.judge(
+            words, stats, values, (fine, fine_stats), windows, (host, host_sums), counts, summary, notes,
+            facts, common.largest, value_centre, turn, meta, index, rounding, canary=policy.canary, before=before,
+        )  # fmt: skip
+
     terms = planning.Terms(
-        heads=n_heads, group=group, relative_to=policy.relative_to, tolerance=policy.tolerance, margin=policy.margin,
-        pooled=policy.pooled, coarse_fee=pl.COARSE_BYTES / pl.FINEST_BYTES,
+        heads=n_heads, group=group, d=d, relative_to=policy.relative_to, tolerance=policy.tolerance,
+        aim=pl.HEADROOM * policy.margin, pooled=policy.pooled, coarse_fee=pl.COARSE_BYTES / pl.FINEST_BYTES,
         host_fee=policy.host_price * pl.ORIGINAL_BYTES / pl.FINEST_BYTES, max_promoted=policy.max_promoted,
-        highest=bd.HIGHEST, summed=bd.summing(d, additions, depth),
+        refresh=pl.REFRESH, least=pl.LEAST, summed=bd.summing(d, additions, depth),
     )  # fmt: skip
-    words, counts, summary = planning.choose(
-        (stats, weights, *windows), notes, facts, common.largest, value_centre, cache.aim, meta, index, terms, flags
+    candidate, record = judge(x.words, x.counts, x.summary, values, *fine)
+    asked, (words, counts, summary), held = planning.choose(
+        stats, weights, record, x.words, notes, facts, meta, index, terms
     )
-    coarse = kernels.coarse(index, words, weights, x.values)
-    *fine, host_acc, host_sums = kernels.fine(
-        index, words, counts, summary, operands, x.keys, x.keys_low, x.key_scale, x.values, x.values_low, x.value_scale,
-        x.nu, x.host_keys, x.host_values,
-    )  # fmt: skip
-    candidate, record = judging.judge(
-        words, stats, coarse, fine, windows, (host_acc, host_sums), counts, notes, facts, common.largest, value_centre,
-        turn, meta, index, rounding, canary=policy.canary,
-    )  # fmt: skip
+    values = kernels.coarse(index, words, counts, weights, x.values)
+    fine = kernels.fine(index, words, counts, summary, operands, *tier1, x.host_keys, x.host_values)
+    candidate, record = judge(words, counts, summary, values, *fine, before=(asked, candidate, record))
     verdict, everything = vd.decide(
         record, counts, sound, meta, n_tiles, flags, group=group, relative_to=policy.relative_to,
         tolerance=policy.tolerance, pooled=policy.pooled,
@@ -100,15 +105,17 @@ def chained_attention(
         index, meta, everything, verdict, operands, x.host_keys, x.host_values, alone=True
     )
     out, returned = vd.finish(
-        candidate, record, verdict, found, facts, of_dense, group=group, capacity=cache.capacity
+        candidate, record, verdict, found, facts, of_dense, group=group, capacity=cache.capacity, reads=halves
     )
     shape = (batch, n_heads, -1, group)
     rows = record[:, :, :group].reshape(shape)
     final = returned[:, :, :group].reshape(shape)
-    n_pieces = (summary % lv.TILES_READ).sum(1)
+    reads = (x.counts, x.summary), (counts, summary)
+    passes = [Reads(n, lv.n_pieces(x)) for n, x in reads]
     return out.reshape(q.shape), certificate(
-        policy, cache, x.live, counts, n_pieces.reshape(batch, n_heads), verdict.reshape(batch, n_heads), sound,
-        rows[:, :, rc.PASSED] > 0, bounds={name: rows[:, :, getattr(rc, name.upper())] for name in BOUNDS},
+        policy, cache, x.live, jnp.where((asked == rc.REDO)[:, None], counts, x.counts), passes,
+        verdict.reshape(batch, n_heads), sound, rows[:, :, rc.PASSED] > 0,
+        bounds={name: rows[:, :, getattr(rc, name.upper())] for name in BOUNDS},
         candidate_norm=rows[:, :, rc.NORM], norm=final[:, :, 0], e_total=final[:, :, 1],
         tail_mass=rows[:, :, rc.TAIL_MASS], delta_max=rows[:, :, rc.DELTA_MAX],
-    )  # fmt: skip
+    ), held[:, :n_tiles].astype(jnp.uint16).reshape(batch, n_heads, -1)  # fmt: skip

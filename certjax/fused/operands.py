@@ -20,6 +20,7 @@ from certjax.encode import ring_block_index
 from certjax.fused import reduce as rd
 from pallas_kernels import numerics as num
 from pallas_kernels import query as qr
+from pallas_kernels.levels import FINEST, SKIP, counts_of, sane, summary_of
 
 TILE = 128
 
@@ -55,7 +56,9 @@ class Layer:
     value_centre: jax.Array  # [H, d]
     active: jax.Array  # [H, NT] bool, tiles read from tier 1
     live: jax.Array  # [H, W] int32, tokens in each window tile
-    aim: jax.Array  # [H, 1], see `fused.aim`
+    words: jax.Array  # [H, flags] int32, the plan of the step before, see `pallas_kernels.levels`
+    counts: jax.Array  # [H, COUNTS] int32, of those
+    summary: jax.Array  # [H, .] int32
     index: jax.Array  # [1] int32, of the layer
     meta: jax.Array  # [H, 3] int32: first and end of the active tiles, length
 
@@ -68,6 +71,9 @@ class Shared:
     live: jax.Array  # [H, W] int32, tokens in each window tile
     meta: jax.Array  # [H, 3] int32: first and end of the active tiles, length
     largest: jax.Array  # [L, 6, H] float32: reach, nu_max, eta_max, reach_closed, norms of the centres
+    words: jax.Array  # [L, H, flags] int32, what is read of each tile, `pallas_kernels.levels`
+    counts: jax.Array  # [L, H, COUNTS] int32
+    summary: jax.Array  # [L, H, .] int32
 
 
 def by_head(x: jax.Array) -> jax.Array:
@@ -75,8 +81,9 @@ def by_head(x: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0], -1, *x.shape[3:]).astype(jnp.float32)
 
 
-def shared(cache: TieredKVCache) -> Shared:
-    """`cache`: stacked, leaves `[L, b, Hkv, ...]`, with `length` the tokens to attend to."""
+def shared(cache: TieredKVCache, finest: bool = False) -> Shared:
+    """`cache`: stacked, leaves `[L, b, Hkv, ...]`, with `length` the tokens to attend to. `finest`: all of tier 1 is
+    read as finely as it is stored, instead of by the cache's plan."""
     n_heads, size = cache.ring_keys.shape[2], cache.block_size
     length, notes = cache.length, cache.notes
     last = (length - 1) // size
@@ -102,7 +109,20 @@ def shared(cache: TieredKVCache) -> Shared:
     norms = [
         jnp.sqrt(x) * num.NORM_SLACK + cache.head_dim**0.5 * VANISHED for x in rd.sums(-1, *(x**2 for x in centres))
     ]
+    heads = (cache.ring_keys.shape[0], *active.shape)
+    plan = jnp.broadcast_to(FINEST, heads) if finest else sane(cache.plan.reshape(heads).astype(jnp.int32))
+    words = jnp.where(active, plan, SKIP)  # of what else there is a kernel must not read anything
+
+    def of_layers(f, *x):  # every layer's heads at once
+        return f(*(jnp.broadcast_to(y, words.shape).reshape(-1, words.shape[-1]) for y in x)).reshape(
+            *words.shape[:2], -1
+        )
+
+    nobody = jnp.zeros(words.shape[0] * words.shape[1], bool)
     return Shared(
+        words=jnp.pad(words, ((0, 0), (0, 0), (0, qr.row_of_flags(cache.n_blocks)[1] - cache.n_blocks))),
+        counts=of_layers(lambda w, a: counts_of(w, a, nobody), words, active),
+        summary=of_layers(lambda w: summary_of(w, cache.head_dim), words),
         active=active,
         live=per_head(jnp.concatenate([sink, ring], -1)).astype(jnp.int32),
         meta=per_head(meta).astype(jnp.int32),
@@ -119,6 +139,9 @@ def layer_of(cache: TieredKVCache, layer: jax.Array, common: Shared) -> Layer:
 
     def here(x):  # [L, b, Hkv, ...] -> this layer's [H, ...], float32
         return by_head(jax.lax.dynamic_slice_in_dim(x, layer, 1, 0))[0]
+
+    def of_this(x):
+        return jax.lax.dynamic_index_in_dim(x, layer, 0, False)
 
     codes, notes, active = cache.codes, cache.notes, common.active[..., None]
     host = (None, None)
@@ -156,7 +179,9 @@ def layer_of(cache: TieredKVCache, layer: jax.Array, common: Shared) -> Layer:
         value_centre=here(cache.stats.value_centre),
         active=common.active,
         live=common.live,
-        aim=jnp.repeat(jax.lax.dynamic_index_in_dim(cache.aim, layer, 0, False), cache.ring_keys.shape[2])[:, None],
+        words=of_this(common.words),
+        counts=of_this(common.counts),
+        summary=of_this(common.summary),
         index=layer.astype(jnp.int32)[None],
         meta=common.meta,
     )

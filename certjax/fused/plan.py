@@ -1,4 +1,9 @@
-"""Which tiles to read at their finest level or from the host, by what they would add to the bound."""
+"""Which tiles to read, and how finely, by what they would add to the bound.
+
+A plan is made of what a pass over the cache has found, for a pass after it: the next step's, as queries that follow
+each other attend to much the same, or, where the bound of this one does not keep the tolerance, a second pass of this
+step. It says what is read and nothing else: no bound rests on it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,7 @@ from flax import struct
 from jax import lax
 
 from certjax.fused import reduce as rd
-from certjax.fused.bound import Exact, TileSums, delta_of, key_terms, no_nan, value_terms
+from certjax.fused.bound import Judged, TileSums, key_terms, no_nan, value_terms
 from certjax.fused.operands import Layer, Queries
 from certjax.policy import Policy
 from pallas_kernels import levels as lv
@@ -19,8 +24,18 @@ from pallas_kernels.query import folded
 FINEST_BYTES, COARSE_BYTES, ORIGINAL_BYTES = 2.3, 0.64, 4.0
 """Of a key's and a value's channel, with scales and weights, that the second pass reads."""
 
-PRICES, STEPS = 72, 4
+PRICES, STEPS = 62, 4
 """Candidates for the price of reading a tile in shares of a layer's tolerance: so many, so many to a factor of two."""
+
+
+HEADROOM = 0.9
+"""Of the tolerance: what a plan aims at, so that it serves the queries that follow, too."""
+
+LEAST = 0.25
+"""An estimate is taken to be too large by no more than this says."""
+
+REFRESH = 16
+"""Steps after which a layer's plan is made anew, whether or not its bounds held: what is read in vain is dropped."""
 
 
 @struct.dataclass
@@ -29,6 +44,22 @@ class Plan:
 
     words: jax.Array  # [H, NT] int32, see `pallas_kernels.levels`
     give_up: jax.Array  # [H] bool, KV heads that go dense at once
+    counts: jax.Array  # [H, COUNTS] int32
+    summary: jax.Array  # [H, .] int32
+
+
+def due(length: jax.Array, layer: jax.Array) -> jax.Array:
+    """Sequences whose plan is made anew at this step, each layer at another one. `length`: [b] int32; `layer`: []."""
+    return (length + layer) % REFRESH == 0
+
+
+def held(words: jax.Array, fresh: Plan, anew: jax.Array, active: jax.Array) -> jax.Array:
+    """What the cache keeps for the next step, `[H, NT]` uint16: the `words` of this one, or those of a `fresh` plan for
+    the heads `anew` `[H]`. What is not `active` `[H, NT]` yet, and all of a head that was given up, is to be read at
+    its coarsest."""
+    kept = jnp.where(anew[:, None], fresh.words, words)
+    known = active & ~(anew & fresh.give_up)[:, None]
+    return jnp.where(known, kept, COARSE).astype(jnp.uint16)
 
 
 def tolerances(policy: Policy, batch: int, norm: jax.Array) -> jax.Array:
@@ -47,7 +78,7 @@ def choose(
     group: int,
     sums: TileSums,
     weights: jax.Array,  # [H, NT, C, 128] of the scan
-    windows: Exact,
+    judged: Judged,  # what came of the plan before
     queries: Queries,
     layer: Layer,
     summed: float,
@@ -60,21 +91,10 @@ def choose(
     Estimates decide what is read and nothing else: what was read is judged afterwards. `summed`: what the sums of
     values and weights may add, by `bound.summing`.
     """
-    centre = layer.value_centre[:, None]
-    lost = sums.a * -jnp.expm1(-delta_of(queries, layer.kappa_peak[..., 0]))
-    tier1, mean, lost = rd.sums(1, sums.a, sums.n, lost)
-    total = tier1 + windows.total
-    l_minus, mean = 1 - lost / total, mean / total
-    # Values not seen yet are taken to point anywhere: their squares add up. All that is squared is a share of the
-    # total first: weights may be so small that their squares vanish.
-    unseen = sums.norm / total[:, None] * (sums.n / jnp.maximum(sums.a, 2.0**-100))
-    (unseen,) = rd.sums(1, jnp.square(unseen))
-    moved = (windows.values.swapaxes(1, 2) - windows.total[..., None] * centre) / total[..., None]
-    from_centre, norm = rd.sums(-1, moved**2, (moved + centre) ** 2)
-    room = policy.margin * layer.aim * tolerances(policy, batch, jnp.sqrt(norm + unseen)[:, :group])  # [H, G]
-    h = jnp.sqrt(from_centre + unseen).at[:, :group].add(2 * room)  # what the values may add to it
-    nu_mean = mean + windows.total / total * (windows.value + layer.value_centre_norm[:, None])
-    rounding = (1.25 * jnp.expm1(queries.eps) * (nu_mean + h) + summed * nu_mean)[:, :group] / room
+    total, l_minus = judged.total, judged.l_minus
+    room = HEADROOM * policy.margin * tolerances(policy, batch, judged.norm[:, :group])  # [H, G]
+    h = judged.from_centre.at[:, :group].add(2 * room)  # what the values may add to it
+    rounding = (1.25 * jnp.expm1(queries.eps) * (judged.nu_mean + h) + summed * judged.nu_mean)[:, :group] / room
     scale = (1 / total[:, :group])[:, None], (1 / room)[:, None]
 
     def shares(level: int):  # [H, NT, G]
@@ -110,7 +130,18 @@ def choose(
     level = settled(prices[:, None, None])[..., None]  # [J, H, NT, 1]
     left = sum(jnp.where(level == i, x, 0.0) for i, x in enumerate([*offers, left_over])).sum(2) + rounding  # [J, H, G]
     by_row = left.reshape(PRICES, batch, -1)
-    worst = jnp.square(by_row).mean(-1) if policy.pooled else by_row.max(-1)  # [J, b]
+
+    def over_row(x):  # [..., n] -> [...]
+        return jnp.square(x).mean(-1) if policy.pooled else x.max(-1)
+
+    # How much of what is estimated the bound comes to, by the plan before.
+    now = lv.level_of(layer.words[:, : sums.a.shape[1]])
+    now = jnp.where(lv.level_of_rest(layer.words, layer.keys.shape[-1])[:, : now.shape[1]] == PROMOTED, WHOLE, now)
+    estimate = sum(jnp.where(now[..., None] == i, x, 0.0) for i, x in enumerate([*offers, left_over])).sum(1) + rounding
+    came_to = over_row((judged.e_total[:, :group] / room).reshape(batch, -1))
+    share = came_to / over_row(estimate.reshape(batch, -1))
+    share = jnp.where(jnp.isfinite(share), jnp.clip(share, LEAST, 1.0), 1.0)
+    worst = over_row(by_row) * share  # [J, b]
     dearer = (~(worst <= 1)).sum(0)  # what is left falls with the price: the first that fits comes after these
     heads = layer.active.shape[0] // batch
     price = jnp.repeat(jnp.exp2(-dearer.astype(jnp.float32) / STEPS), heads)[:, None]
@@ -132,7 +163,9 @@ def choose(
     pieces = (dear << piece).sum(2)
     words = jnp.where(level >= PROMOTED, lv.word(PROMOTED, pieces), level)
     # A barrier: what is counted and what is read are one evaluation.
-    return Plan(lax.optimization_barrier(jnp.where(give_up[:, None], SKIP, words)), give_up)
+    words = lax.optimization_barrier(jnp.where(give_up[:, None], SKIP, words))
+    d = layer.keys.shape[-1]
+    return Plan(words, give_up, lv.counts_of(words, layer.active, give_up), lv.summary_of(words, d))
 
 
 WHOLE = PROMOTED + 1

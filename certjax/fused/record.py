@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -11,6 +14,14 @@ from certjax.fused.ladder import allotted
 from certjax.policy import Policy
 from pallas_kernels import levels as lv
 
+
+class Reads(NamedTuple):
+    """Of a pass over the cache; 0 where a head had none."""
+
+    counts: jax.Array  # [H, COUNTS] int32
+    pieces: jax.Array  # [H] int32, read from the host
+
+
 BOUNDS = ("e_key", "e_val", "e_arith", "e_total", "e_key_paper", "e_val_paper")
 
 
@@ -18,8 +29,8 @@ def certificate(
     policy: Policy,
     cache: TieredKVCache,
     live: jax.Array,  # [H, W] int32, tokens in each window tile
-    counts: jax.Array,  # [H, COUNTS] int32, `pallas_kernels.levels`
-    n_pieces: jax.Array,  # [b, Hkv] int32, read from the host
+    counts: jax.Array,  # [H, COUNTS] int32, `pallas_kernels.levels`, of the plan that was judged
+    passes: Sequence[Reads],  # what the scan and fine read, and coarse and fine after them
     verdict: jax.Array,  # [b, Hkv] int32: 0 stays, 1 dense, 2 dense as a check of its row failed
     sound: jax.Array,  # [b] bool
     passed: jax.Array,  # [b, Hkv, G] bool, the canary
@@ -43,8 +54,9 @@ def certificate(
     returned = {name: jnp.where(dense, 0.0, x) for name, x in bounds.items()}
     returned |= {"e_total": e_total, "e_arith": jnp.where(dense, e_total, bounds["e_arith"])}
     in_windows = of_head(sum(live[:, i] for i in range(live.shape[1])))
-    paged = jnp.where(dense, cache.length[:, None, None], 0) + of_head(n_pieces) * lv.tokens_of_a_piece(d)
-    read = tier1_bytes(d, n_active, n_coarse, n_finest, n_promoted) + in_windows * (4.0 * d)
+    n_pieces = of_head(sum(x.pieces for x in passes))
+    paged = jnp.where(dense, cache.length[:, None, None], 0) + n_pieces * lv.tokens_of_a_piece(d)
+    read = of_head(tier1_bytes(d, passes)) + in_windows * (4.0 * d)
     first, true = jnp.arange(group) == 0, jnp.ones(shape, bool)
     return Certificate(
         **returned,
@@ -69,10 +81,17 @@ def certificate(
     )
 
 
-def tier1_bytes(d: int, n_active, n_coarse, n_finest, n_promoted):
-    """What a step reads and writes of tier 1, by how many tiles are at each level."""
+def tier1_bytes(d: int, passes: Sequence[Reads]) -> jax.Array:
+    """What a step reads and writes of tier 1: [H] float32."""
     weights = 8 * 2  # of a token, for a group of up to 4 query heads
     scanned = lv.TILE * (d + 5 + weights) + 30  # 8-bit keys, both scales, nu; the plan's annotations of the tile
-    coarse = lv.TILE * (d // 2 + weights)  # 4-bit values
+    values = lv.TILE * (d // 2)  # at 4 bits
     fine = lv.TILE * (d + d // 2 + d // 2 + d // 4 + 5)  # 12-bit keys and 6-bit values, their scales and nu
-    return n_active * float(scanned) + n_coarse * float(coarse) + (n_finest + n_promoted) * float(fine)
+
+    def by(counts, coarse: int):
+        refined = counts[:, lv.N_FINEST] + counts[:, lv.N_PROMOTED]
+        return counts[:, lv.N_COARSE] * float(coarse) + refined * float(fine)
+
+    first, *more = (x.counts for x in passes)
+    read = first[:, lv.ACTIVE] * float(scanned) + by(first, values)
+    return read + sum(by(x, values + lv.TILE * weights) for x in more)

@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic as mg
-from pallas_kernels.levels import COARSE, TILE, level_of
+from pallas_kernels.levels import COARSE, N_COARSE, TILE, level_of
 
 AHEAD = 3
 """Tiles of values on their way into shared memory."""
@@ -21,13 +21,13 @@ ROWS = 64
 """Channels that are multiplied at once."""
 
 
-def attend_coarse(layer, words, weights, values, *, splits: int, interpret=False):
+def attend_coarse(layer, words, counts, weights, values, *, splits: int, interpret=False):
     heads, n_tiles, columns = weights.shape[:3]
     d = values.shape[3]
     words = mg.rows_of_flags(words)
     f32, rows = jnp.float32, words.shape[1:]
 
-    def kernel(layer_ref, words_ref, w_ref, v_ref, acc_ref):
+    def kernel(layer_ref, words_ref, counts_ref, w_ref, v_ref, acc_ref):
         h, split = lax.axis_index("h"), lax.axis_index("s")
         layer = layer_ref[0]
 
@@ -66,16 +66,18 @@ def attend_coarse(layer, words, weights, values, *, splits: int, interpret=False
             plgpu.copy_smem_to_gmem(out, acc_ref.at[h, split])
             plgpu.wait_smem_to_gmem(0)
 
-        pl.run_scoped(
-            attend,
-            plgpu.SMEM(rows, jnp.int32),
-            plgpu.SMEM((-(-rows[0] * rows[1] // splits),), jnp.int32),
-            plgpu.SMEM((d, columns), f32),
-            plgpu.Barrier(num_arrivals=1),
-            plgpu.Barrier(num_arrivals=2, num_barriers=AHEAD),
-            mg.tile_ref((d, TILE // 2), jnp.int8, AHEAD),
-            mg.weights_ref(columns, AHEAD),
-        )
+        @pl.when(counts_ref[h, N_COARSE] > 0)
+        def _():
+            pl.run_scoped(
+                attend,
+                plgpu.SMEM(rows, jnp.int32),
+                plgpu.SMEM((-(-rows[0] * rows[1] // splits),), jnp.int32),
+                plgpu.SMEM((d, columns), f32),
+                plgpu.Barrier(num_arrivals=1),
+                plgpu.Barrier(num_arrivals=2, num_barriers=AHEAD),
+                mg.tile_ref((d, TILE // 2), jnp.int8, AHEAD),
+                mg.weights_ref(columns, AHEAD),
+            )
 
     run = plgpu.kernel(
         kernel,
@@ -86,4 +88,4 @@ def attend_coarse(layer, words, weights, values, *, splits: int, interpret=False
         compiler_params=mg.PARAMS,
         interpret=interpret,
     )
-    return run(layer, words, weights, values)
+    return run(layer, words, counts, weights, values)

@@ -7,11 +7,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.coarse.reference import in_parts, signed_fields
 from pallas_kernels.levels import FINEST, TILE, level_of, promoted_pieces, tokens_of_a_piece
 from pallas_kernels.originals.reference import attend_pieces
 from pallas_kernels.query import HALF_FINE, LOW_UNIT, SHIFT, UNIT, Operands, distinct, together, whole
-from pallas_kernels.scan.reference import tile_statistics
+from pallas_kernels.twins import in_first, signed_fields, tile_statistics
 
 
 def attend_fine(
@@ -34,10 +33,9 @@ def attend_fine(
 ) -> tuple[jax.Array, ...]:
     """Of tiles at levels FINEST and PROMOTED, less the pieces that are promoted, `sum w scale (4 high + low)` with
     weights of their own: [H, S, d, C] as `attend_coarse` returns it; and per tile the sums of `scan_tiles`,
-    [H, NT, 4, C] (of other tiles: 0; in the kernel: anything). Of heads without such a tile: 0 (in the kernel:
-    anything). And of promoted pieces what `attend_originals` finds, in some number of parts, of which those that read
-    nothing say so by a total of 0 (the rest of what they return: in the kernel anything); of heads that have none:
-    nothing (in the kernel: anything).
+    [H, NT, 4, C] (of other tiles: 0; in the kernel: anything). And of promoted pieces what `attend_originals` finds, in
+    some number of parts, of which those that read nothing say so by a total of 0 (the rest of what they return: in the
+    kernel anything). Of programs that are not at work (`levels.at_work`): 0 (in the kernel: anything).
     """
     heads = keys.shape[1]
     k, k_low, ks, v, v_low, vs, share = (
@@ -59,7 +57,7 @@ def attend_fine(
     weighted = weighted.reshape(heads, -1, TILE, w.shape[-1])
     dot = functools.partial(jnp.einsum, "hjdt,hjtc->hjdc", precision="highest")
     acc = dot(4 * signed_fields(v, 4) + signed_fields(v_low, 2), weighted)
-    found = whole(in_parts(acc, splits)), stats
+    found = whole(in_first(acc.sum(1), splits)), stats
     if host_keys is None:
         return found
     return *found, *attend_pieces(layer, words, q, host_keys, host_values, splits=splits)

@@ -9,9 +9,16 @@ import triton.language as tl
 
 from pallas_kernels.tile_facts import SLACK
 
-NORM, E_KEY, E_VAL, E_ARITH, E_TOTAL, E_KEY_PAPER, E_VAL_PAPER, DELTA_MAX, TAIL_MASS, PASSED = range(10)
-ROWS = tl.constexpr(10)
-"""Of a head's record."""
+(
+    NORM, E_KEY, E_VAL, E_ARITH, E_TOTAL, E_KEY_PAPER, E_VAL_PAPER, DELTA_MAX, TAIL_MASS, PASSED, TOTAL, L_MINUS,
+    FROM_CENTRE, NU_MEAN,
+) = range(14)  # fmt: skip
+ROWS = tl.constexpr(14)
+"""Of a head's record; the last four are for the plan after it."""
+
+KEPT, ANEW, REDO = range(3)
+"""What comes of a plan: it serves the next step, too; one is made anew for the next step; or for this one, which is
+judged once more."""
 
 
 @triton.jit
@@ -24,7 +31,6 @@ def length(square, ROOT: tl.constexpr, VANISHED: tl.constexpr):
 class Rounding:
     """Constants of the arithmetic (docs/kernels.md) that depend on shapes."""
 
-    reads: int  # originals, pieces or halves of tiles, that a program reads at most
     split: float  # relative error of a sum of values over tiles
     turning: float  # of the rotation back
     depth_gamma: float

@@ -1,4 +1,5 @@
-"""Output and certificate of a pass. Twin: `certjax.fused.bound.judge`. Symbols and derivation: docs/kernels.md."""
+"""Output and certificate of a pass: `_tally` adds up what tiles add to the bound, `_judge` puts it together with what
+`join` added up. Twin: `certjax.fused.bound.judge`. Symbols and derivation: docs/kernels.md."""
 
 from __future__ import annotations
 
@@ -11,13 +12,13 @@ import triton.language as tl
 from pallas_kernels import levels as lv
 from pallas_kernels import numerics as num
 from pallas_kernels.device_math import MAX_DELTA, exp_down, exp_up, expm1_up, least, most, no_nan, product, rounded
+from pallas_kernels.judge import record as rc
+from pallas_kernels.judge.join import join
 from pallas_kernels.judge.record import ROWS, Rounding, length
 from pallas_kernels.launch import launch
 from pallas_kernels.tile_facts import (
     NOTES,
     SLACK,
-    add_originals,
-    folded,
     key_terms,
     keyed_sums,
     linear_value_terms,
@@ -25,7 +26,7 @@ from pallas_kernels.tile_facts import (
     tile_sums,
 )
 
-TILE, COUNTS = tl.constexpr(lv.TILE), tl.constexpr(lv.COUNTS)
+TILE, TILES_READ, REDO = tl.constexpr(lv.TILE), tl.constexpr(lv.TILES_READ), tl.constexpr(rc.REDO)
 U, UNDERFLOW, FLOOR = tl.constexpr(num.U), tl.constexpr(num.UNDERFLOW), tl.constexpr(num.ABSOLUTE_FLOOR)
 
 
@@ -38,8 +39,8 @@ def _turned_back(y, signs):
     return product(signs, high) + (product(signs, middle) + product(signs, low))
 
 
-SUMS, ADDED = tl.constexpr(17), tl.constexpr(16)
-"""Of a part of a head, from `_tally`: sums over tiles, 16 of them, and the largest kappa."""
+ADDED = tl.constexpr(16)
+"""Sums over tiles, of a part of a head."""
 
 
 @triton.jit
@@ -48,28 +49,24 @@ def _four(a, b, c, d):
 
 
 @triton.jit
-def _part_of(acc, h, split, here, flat, S: tl.constexpr, SIZE: tl.constexpr):
-    return tl.sum(tl.load(acc + (h * S + split) * SIZE + flat, mask=here & (split < S), other=0.0), 0)
+def _apart(x):
+    """`_four`, undone: [C, 2, 2]."""
+    ab, cd = tl.split(x)
+    a, b = tl.split(ab)
+    c, d = tl.split(cd)
+    return a, b, c, d
 
 
 @triton.jit
-def _tally(
-    words, counts, stats, fine_stats, acc, fine_acc, kappa, eta, nu, sigma_k, sigma_v, rho_k, rho_v, facts, meta,
-    layer,  # inputs
-    sums, read,  # outputs
-    H: tl.constexpr, NT: tl.constexpr, FLAGS: tl.constexpr, S: tl.constexpr, PER_PART: tl.constexpr,
-    FINE_S: tl.constexpr, FINE_PER_PART: tl.constexpr, PER_PART_UP: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
-    T: tl.constexpr, ALL_PIECES: tl.constexpr,
+def _tally_tiles(
+    words, stats, fine_stats, kappa, eta, nu, sigma_k, sigma_v, rho_k, rho_v, facts, meta, layer,  # inputs
+    sums, kappa_max,  # outputs
+    H: tl.constexpr, NT: tl.constexpr, FLAGS: tl.constexpr, C: tl.constexpr, T: tl.constexpr,
+    ALL_PIECES: tl.constexpr,
 ):  # fmt: skip
-    """What a share of a head's tiles adds to the bound, and a share of what programs of the second pass found."""
+    """What a share of a head's tiles adds to the bound."""
     h, part, at = tl.program_id(0), tl.program_id(1), tl.load(layer)
     n_parts, col = tl.num_programs(1), tl.arange(0, C)
-    i, flat = tl.arange(0, PER_PART_UP)[:, None], tl.arange(0, D * C)
-    found = _part_of(acc, h, part * PER_PART + i, i < PER_PART, flat[None], S, D * C)
-    if tl.load(counts + h * COUNTS + 2) + tl.load(counts + h * COUNTS + 3) > 0:  # else nothing was stored
-        found += _part_of(fine_acc, h, part * FINE_PER_PART + i, i < FINE_PER_PART, flat[None], FINE_S, D * C)
-    tl.store(read + (h * n_parts + part) * (D * C) + flat, found)
-
     t = part * T + tl.arange(0, T)
     active = (t >= tl.load(meta + h * 3)) & (t < tl.load(meta + h * 3 + 1))
     noted, row = (at * H + h) * NT + t, h * NT + t
@@ -118,68 +115,65 @@ def _tally(
     even = tl.join(_four(a, n_read, k0, above), _four(value, paper, grown * n, high))
     odd = tl.join(_four(n, eta_read, k1, below), _four(shrunk, less, grown * a, low))
     total = tl.sum(tl.reshape(tl.join(even, odd), (T, C, ADDED)), 0)  # [C, ADDED]
-    to = sums + (h * n_parts + part) * SUMS * C
-    tl.store(to + tl.arange(0, ADDED)[None] * C + col[:, None], total)
-    tl.store(to + ADDED * C + col, tl.full((C,), 1.0, tl.float32) * tl.max(kappa_t, 0))
+    to = sums + (h * n_parts + part) * (C * ADDED)
+    tl.store(to + col[:, None] * ADDED + tl.arange(0, ADDED)[None], total)
+    tl.store(kappa_max + h * n_parts + part, tl.max(kappa_t, 0))
 
 
 @triton.jit
-def _sum(sums, h, field, PARTS: tl.constexpr, C: tl.constexpr):
-    """Over parts; part by part, so that no thread waits for another."""
-    of = sums + (h * PARTS * SUMS + field) * C + tl.arange(0, C)
-    total = tl.load(of)
-    for part in tl.range(1, PARTS, loop_unroll_factor=8):
-        total += tl.load(of + part * SUMS * C)
-    return total
+def _tally(
+    words, stats, fine_stats, kappa, eta, nu, sigma_k, sigma_v, rho_k, rho_v, facts, meta, layer, asked,  # inputs
+    sums, kappa_max,  # outputs
+    H: tl.constexpr, NT: tl.constexpr, FLAGS: tl.constexpr, C: tl.constexpr, T: tl.constexpr,
+    ALL_PIECES: tl.constexpr,
+):  # fmt: skip
+    if tl.load(asked + tl.program_id(0)) == REDO:
+        _tally_tiles(
+            words, stats, fine_stats, kappa, eta, nu, sigma_k, sigma_v, rho_k, rho_v, facts, meta, layer, sums,
+            kappa_max, H, NT, FLAGS, C, T, ALL_PIECES,
+        )  # fmt: skip
 
 
 @triton.jit
-def _judge(
-    sums, read, window_acc, window_sums, host_acc, host_sums, counts, facts, largest_of_head, value_centre, turn,
-    layer,  # inputs
+def _judge_head(
+    sums, kappa_max, joined, exact_sums, summary, facts, largest_of_head, value_centre, turn, layer,  # inputs
     out, record,  # outputs
-    H: tl.constexpr, NT: tl.constexpr, PARTS: tl.constexpr, P: tl.constexpr, P_UP: tl.constexpr,
-    W: tl.constexpr, C: tl.constexpr, D: tl.constexpr, ROOT: tl.constexpr,
-    VANISHED: tl.constexpr, HIGHEST: tl.constexpr, SPLIT: tl.constexpr, TURNING: tl.constexpr,
-    DEPTH_GAMMA: tl.constexpr, INFLATE: tl.constexpr, READS: tl.constexpr, EXP_RELATIVE_ERROR: tl.constexpr,
-    CANARY: tl.constexpr,
+    passed_before,
+    H: tl.constexpr, NT: tl.constexpr, PARTS: tl.constexpr, PARTS_UP: tl.constexpr, C: tl.constexpr,
+    D: tl.constexpr, ROOT: tl.constexpr, VANISHED: tl.constexpr, SPLIT: tl.constexpr, TURNING: tl.constexpr,
+    DEPTH_GAMMA: tl.constexpr, INFLATE: tl.constexpr, EXP_RELATIVE_ERROR: tl.constexpr, CANARY: tl.constexpr,
+    BLOCKS: tl.constexpr, BLOCKS_UP: tl.constexpr,
 ):  # fmt: skip
     h, at = tl.program_id(0), tl.load(layer)
     col, channel = tl.arange(0, C), tl.arange(0, D)
     of = facts + h * 4 * C + col
     q_norm, eps, eps_original, reference = tl.load(of), tl.load(of + C), tl.load(of + 2 * C), tl.load(of + 3 * C)
-    n_promoted = tl.load(counts + h * COUNTS + 3)
-    tier1, n_all = _sum(sums, h, 0, PARTS, C), _sum(sums, h, 1, PARTS, C)
-    val, shrunk = _sum(sums, h, 2, PARTS, C), _sum(sums, h, 3, PARTS, C)
-    k0, k1 = _sum(sums, h, 4, PARTS, C), _sum(sums, h, 5, PARTS, C)
-    g0, g1 = _sum(sums, h, 6, PARTS, C), _sum(sums, h, 7, PARTS, C)
-    n_read, eta_read = _sum(sums, h, 8, PARTS, C), _sum(sums, h, 9, PARTS, C)
-    paper, offset = _sum(sums, h, 10, PARTS, C), _sum(sums, h, 11, PARTS, C)
-    high, low = _sum(sums, h, 12, PARTS, C), _sum(sums, h, 13, PARTS, C)
-    rest_high, rest_low = _sum(sums, h, 14, PARTS, C), _sum(sums, h, 15, PARTS, C)
-    kappa_max = tl.load(sums + (h * PARTS * SUMS + ADDED) * C + col)
-    flat = tl.arange(0, D * C)
-    found = tl.load(read + h * PARTS * (D * C) + flat)
-    for part in tl.range(1, PARTS, loop_unroll_factor=8):
-        kappa_max = most(kappa_max, tl.load(sums + ((h * PARTS + part) * SUMS + ADDED) * C + col))
-        found += tl.load(read + (h * PARTS + part) * (D * C) + flat)
+    block = tl.arange(0, BLOCKS_UP)
+    pieces = tl.sum(tl.load(summary + h * BLOCKS + block, mask=block < BLOCKS, other=0) % TILES_READ, 0)
     centre = tl.load(value_centre + (at * H + h) * D + channel)[:, None]
     of_head = largest_of_head + at * 6 * H + h
     nu_max, eta_max, centre_norm = tl.load(of_head + H), tl.load(of_head + 2 * H), tl.load(of_head + 5 * H)
     signs = tl.load(turn + channel[:, None] * D + channel[None]).to(tl.float32)
-    found = folded(found, D, C)
-
-    # Windows, and what came from the host.
-    exact, exact_total, key, value = add_originals(window_acc, window_sums, h * W, W, 1, D, C, HIGHEST)
-    of_windows = exact_total
-    if n_promoted > 0:
-        more, more_total, more_key, more_value = add_originals(host_acc, host_sums, h * P, P, P_UP, D, C, HIGHEST)
-        exact, exact_total = exact + more, exact_total + more_total
-        key, value = most(key, more_key), most(value, more_value)
-    key, value = length(key, ROOT, VANISHED), length(value, ROOT, VANISHED)
+    of = joined + h * 2 * D * C + channel[:, None] * C + col[None]
+    found, exact = tl.load(of), tl.load(of + D * C)
+    of = exact_sums + h * 4 * C + col
+    of_windows, exact_total = tl.load(of), tl.load(of + C)
+    key, value = length(tl.load(of + 2 * C), ROOT, VANISHED), length(tl.load(of + 3 * C), ROOT, VANISHED)
+    part = tl.arange(0, PARTS_UP)
+    largest_kappa = tl.max(tl.load(kappa_max + h * PARTS + part, mask=part < PARTS, other=0.0), 0)
+    of = sums + (h * PARTS + part[:, None]) * (C * ADDED) + tl.arange(0, C * ADDED)[None]
+    added = tl.sum(tl.load(of, mask=(part < PARTS)[:, None], other=0.0), 0)
+    # As `_tally_tiles` has joined them.
+    even, odd = tl.split(tl.reshape(added, (C, 2, 2, 2, 2)))
+    even_0, even_1 = tl.split(even)
+    odd_0, odd_1 = tl.split(odd)
+    tier1, n_read, k0, high = _apart(even_0)
+    val, paper, g0, rest_high = _apart(even_1)
+    n_all, eta_read, k1, low = _apart(odd_0)
+    shrunk, offset, g1, rest_low = _apart(odd_1)
 
     total = tier1 + exact_total  # W
-    reads = tl.minimum(n_promoted, READS).to(tl.float32) + 1  # a program reads a piece of each tile of its share
+    reads = pieces.to(tl.float32) + 1  # a program reads no more than all
     joined = _turned_back(found + offset[None], signs) * (1 / ROOT) + tier1[None] * centre + exact
     result = joined / total[None]
     from_centre = length(tl.sum((centre - result) * (centre - result), 0), ROOT, VANISHED)
@@ -194,7 +188,7 @@ def _judge(
     from_centre += 2 * accumulated
     h_bar = from_centre + e_val
     l_minus = shrunk / total + share
-    delta_max = q_norm * (kappa_max * SLACK)
+    delta_max = q_norm * (largest_kappa * SLACK)
     e_key = (k0 + k1 * h_bar) / (total * l_minus)
     linear = (g0 + g1 * h_bar) / (total * l_minus)
     of_originals = 32 * U * (q_norm * key + tl.abs(reference)) + EXP_RELATIVE_ERROR + reads * 2.0**-21
@@ -216,7 +210,7 @@ def _judge(
     two_d = least(2 * delta_max, 80.0)
     mass = tier1 / total
 
-    passed = tl.full((C,), 1.0, tl.float32)
+    passed = passed_before
     if CANARY:
         # Promoted tiles weigh by their originals, and by tier 1 at its finest where they are not read, what they weigh
         # by tier 1 at its coarsest, within its bound.
@@ -225,7 +219,7 @@ def _judge(
         rounding = 2.0**-18 * exact_total + 2.0**-100  # of the difference; of what was flushed
         # What is not a number is not an alarm: it fails as such.
         alarm = (from_host + rest_low > high * slack + rounding) | (from_host + rest_high < low / slack - rounding)
-        passed = tl.where(alarm, 0.0, 1.0)
+        passed = tl.where(alarm, 0.0, passed)
     tl.store(out + (h * C + col[None]) * D + channel[:, None], result)
     to = record + h * ROWS * C + col
     tl.store(to, norm)
@@ -239,22 +233,73 @@ def _judge(
     tl.store(to + 7 * C, delta_max)
     tl.store(to + 8 * C, mass)
     tl.store(to + 9 * C, passed)
+    tl.store(to + 10 * C, total)
+    tl.store(to + 11 * C, l_minus)
+    tl.store(to + 12 * C, from_centre)
+    tl.store(to + 13 * C, nu_mean)
+
+
+@triton.jit
+def _judge(
+    sums, kappa_max, joined, exact_sums, summary, facts, largest_of_head, value_centre, turn, layer,  # inputs
+    out, record,  # outputs
+    H: tl.constexpr, NT: tl.constexpr, PARTS: tl.constexpr, PARTS_UP: tl.constexpr, C: tl.constexpr,
+    D: tl.constexpr, ROOT: tl.constexpr, VANISHED: tl.constexpr, SPLIT: tl.constexpr, TURNING: tl.constexpr,
+    DEPTH_GAMMA: tl.constexpr, INFLATE: tl.constexpr, EXP_RELATIVE_ERROR: tl.constexpr, CANARY: tl.constexpr,
+    BLOCKS: tl.constexpr, BLOCKS_UP: tl.constexpr,
+):  # fmt: skip
+    _judge_head(
+        sums, kappa_max, joined, exact_sums, summary, facts, largest_of_head, value_centre, turn, layer, out, record,
+        tl.full((C,), 1.0, tl.float32), H, NT, PARTS, PARTS_UP, C, D, ROOT, VANISHED, SPLIT, TURNING, DEPTH_GAMMA,
+        INFLATE, EXP_RELATIVE_ERROR, CANARY, BLOCKS, BLOCKS_UP,
+    )  # fmt: skip
+
+
+@triton.jit
+def _judge_again(
+    sums, kappa_max, joined, exact_sums, summary, facts, largest_of_head, value_centre, turn, layer, asked,
+    out_before, record_before,  # inputs
+    out, record,  # outputs
+    H: tl.constexpr, NT: tl.constexpr, PARTS: tl.constexpr, PARTS_UP: tl.constexpr, C: tl.constexpr,
+    D: tl.constexpr, ROOT: tl.constexpr, VANISHED: tl.constexpr, SPLIT: tl.constexpr, TURNING: tl.constexpr,
+    DEPTH_GAMMA: tl.constexpr, INFLATE: tl.constexpr, EXP_RELATIVE_ERROR: tl.constexpr, CANARY: tl.constexpr,
+    BLOCKS: tl.constexpr, BLOCKS_UP: tl.constexpr,
+):  # fmt: skip
+    """What the second pass found, where there was one; otherwise what the first did."""
+    h, col, channel = tl.program_id(0), tl.arange(0, C), tl.arange(0, D)
+    if tl.load(asked + h) == REDO:
+        passed = tl.load(record_before + (h * ROWS + 9) * C + col)
+        _judge_head(
+            sums, kappa_max, joined, exact_sums, summary, facts, largest_of_head, value_centre, turn, layer, out,
+            record, passed, H, NT, PARTS, PARTS_UP, C, D, ROOT, VANISHED, SPLIT, TURNING, DEPTH_GAMMA, INFLATE,
+            EXP_RELATIVE_ERROR, CANARY, BLOCKS, BLOCKS_UP,
+        )  # fmt: skip
+    else:
+        of = (h * C + col[:, None]) * D + channel[None]
+        tl.store(out + of, tl.load(out_before + of))
+        row = tl.arange(0, 16)[:, None]
+        of = (h * ROWS + row) * C + col[None]
+        tl.store(record + of, tl.load(record_before + of, mask=row < ROWS), mask=row < ROWS)
+
+
+TILES = 32
+"""That a program of `_tally` adds up."""
 
 
 def tiles_and_parts(n_tiles: int) -> tuple[int, int]:
     """Tiles that a program of `_tally` adds up, and how many such sums are added up after it."""
-    tiles = max(32, min(128, triton.next_power_of_2(n_tiles) // 4))
-    return tiles, -(-n_tiles // tiles)
+    return TILES, -(-n_tiles // TILES)
 
 
 def judge(
     words: jax.Array,  # [H, flags] int32, `pallas_kernels.levels`
     scanned: jax.Array,  # [H, NT, 4, C] of the scan
-    coarse: jax.Array,  # [H, S, d, C] of the second pass
-    fine: tuple[jax.Array, jax.Array],  # [H, S', d, C], [H, NT, 4, C] of the second pass
+    coarse: jax.Array,  # [H, S, d, C], values at their coarsest
+    fine: tuple[jax.Array, jax.Array],  # [H, S', d, C], [H, NT, 4, C]
     windows: tuple[jax.Array, jax.Array],  # [H, W, d, C], [H, W, 4, C]
     promoted: tuple[jax.Array, jax.Array],  # [H, P, d, C], [H, P, 4, C]
     counts: jax.Array,  # [H, COUNTS] int32
+    summary: jax.Array,  # [H, .] int32
     notes: dict[str, jax.Array],
     facts: jax.Array,  # [H, 4, C]
     largest: jax.Array,  # [L, 6, H]
@@ -265,35 +310,37 @@ def judge(
     rounding: Rounding,
     *,
     canary: bool,
+    before: tuple[jax.Array, jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Outputs `[H, C, d]`, and the rows NORM to PASSED of each head, `[H, ROWS, C]`, float32."""
-    heads, splits, d, columns = coarse.shape
-    fine_splits, n_tiles, f32 = fine[0].shape[1], scanned.shape[1], jnp.float32
+    """Outputs `[H, C, d]`, and the rows of `record`, `[H, ROWS, C]`, float32.
+
+    `before`: of a second pass, what was asked of each head, `[H]` int32, and what this returned of the first; a head of
+    which nothing was to be done again keeps that.
+    """
+    asked, *found_before = before or (np.full(counts.shape[0], rc.REDO, np.int32),)
+    heads, n_tiles, _, columns = scanned.shape
+    d, f32 = coarse.shape[2], jnp.float32
     tiles, parts = tiles_and_parts(n_tiles)
-    per_part, fine_per_part = -(-splits // parts), -(-fine_splits // parts)
-    shape = dict(H=heads, NT=n_tiles, C=columns, D=d)
-    sums, read = launch(
-        _tally, words, counts, scanned, fine[1], coarse, fine[0],
-        *(notes[x] for x in NOTES), facts, meta, layer,
+    shape = dict(H=heads, NT=n_tiles, C=columns)
+    tallied = launch(
+        _tally, words, scanned, fine[1], *(notes[x] for x in NOTES), facts, meta, layer, asked,
         out=[
-            jax.ShapeDtypeStruct((heads, parts, SUMS.value, columns), f32),
-            jax.ShapeDtypeStruct((heads, parts, d, columns), f32),
+            jax.ShapeDtypeStruct((heads, parts, columns, ADDED.value), f32),
+            jax.ShapeDtypeStruct((heads, parts), f32),
         ],
-        grid=(heads, parts), FLAGS=words.shape[1], S=splits, PER_PART=per_part, FINE_S=fine_splits,
-        FINE_PER_PART=fine_per_part, PER_PART_UP=triton.next_power_of_2(max(per_part, fine_per_part)), T=tiles, warps=8,
-        ALL_PIECES=lv.word(lv.PROMOTED, lv.every_piece(d)), **shape,
+        grid=(heads, parts), FLAGS=words.shape[1], T=tiles, ALL_PIECES=lv.word(lv.PROMOTED, lv.every_piece(d)),
+        **shape,
     )  # fmt: skip
-    from_windows, from_host = windows[0].shape[1], promoted[0].shape[1]
+    joined = join(coarse, fine[0], windows, promoted, counts, asked, rounding.highest)
     return launch(
-        _judge, sums, read, *windows, *promoted, counts, facts, largest, value_centre,
-        jnp.asarray(np.sign(turn), jnp.int8), layer,
+        _judge_again if before else _judge, *tallied, *joined, summary, facts, largest, value_centre,
+        jnp.asarray(np.sign(turn), jnp.int8), layer, *((asked, *found_before) if before else ()),
         out=[
             jax.ShapeDtypeStruct((heads, columns, d), f32),
             jax.ShapeDtypeStruct((heads, ROWS.value, columns), f32),
         ],
-        grid=(heads,), warps=8, PARTS=parts, P=from_host, P_UP=triton.next_power_of_2(from_host), W=from_windows,
-        ROOT=d**0.5, VANISHED=rounding.vanished, HIGHEST=rounding.highest, SPLIT=rounding.split,
-        TURNING=rounding.turning, DEPTH_GAMMA=rounding.depth_gamma, INFLATE=rounding.inflate,
-        READS=rounding.reads, EXP_RELATIVE_ERROR=num.EXP_RELATIVE_ERROR, CANARY=canary,
-        **shape,
+        grid=(heads,), warps=8, PARTS=parts, PARTS_UP=triton.next_power_of_2(parts), D=d, ROOT=d**0.5,
+        VANISHED=rounding.vanished, SPLIT=rounding.split, TURNING=rounding.turning,
+        DEPTH_GAMMA=rounding.depth_gamma, INFLATE=rounding.inflate, EXP_RELATIVE_ERROR=num.EXP_RELATIVE_ERROR,
+        CANARY=canary, BLOCKS=summary.shape[1], BLOCKS_UP=triton.next_power_of_2(summary.shape[1]), **shape,
     )  # fmt: skip

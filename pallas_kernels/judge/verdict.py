@@ -165,8 +165,10 @@ def finish(
     *,
     group: int,
     capacity: int,
+    reads: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """What is returned: outputs `[H, group, d]`, and their norm and bound, `[H, 2, C]`."""
+    """What is returned: outputs `[H, group, d]`, and their norm and bound, `[H, 2, C]`. `reads`: halves of tiles that a
+    program of the dense pass reads at most."""
     heads, splits, d, columns = found[0].shape
     return launch(
         _finish, candidate, record, dense, *found, facts,
@@ -177,6 +179,6 @@ def finish(
         grid=(heads,), S=splits, S_UP=triton.next_power_of_2(splits),
         AT_ONCE=min(8, triton.next_power_of_2(splits)), GROUP=group, C=columns, D=d, ROOT=d**0.5,
         VANISHED=rounding.vanished,
-        SPLIT=rounding.split, DEPTH_GAMMA=rounding.depth_gamma, READS=rounding.reads,
+        SPLIT=rounding.split, DEPTH_GAMMA=rounding.depth_gamma, READS=reads,
         EXP_RELATIVE_ERROR=num.EXP_RELATIVE_ERROR, N=float(capacity),
     )  # fmt: skip

@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic as mg
-from pallas_kernels.levels import TILE, TILES_READ, pieces_of, pieces_of_a_tile, tokens_of_a_piece
+from pallas_kernels.levels import TILE, pieces_of_a_tile, tokens_of_a_piece
 from pallas_kernels.query import PARTS, SHIFT_EXACT, UNIT_EXACT, together
 
 ROWS = 64
@@ -144,37 +144,42 @@ def attend_chosen_originals(
 
 
 def attend_promoted_pieces(
-    h, part, layer, words_ref, summary_ref, q_ref, numbers_ref, host_refs, found_refs, parts: int, *, interpret
+    h, part, layer, words_ref, summary_ref, q_ref, numbers_ref, host_refs, found_refs, parts, *, interpret
 ):
-    """What program `part` of `parts` does for a head: attend to one piece of every tile of its share, where that is
-    promoted. A program that finds none says so by a total of 0, and by nothing else."""
+    """What program `part` of `parts` does for a head: attend to the promoted pieces of every tile of its share, as many
+    at once as HALF has room for. A program that finds none says so by a total of 0, and by nothing else."""
     k_ref, v_ref = host_refs
     acc_ref, sums_ref = found_refs
 
     def attend(flags, numbers, order, out, sums, barrier, *rest):
         queries, (keys, values, weights, summary) = rest[:PARTS], rest[PARTS:]
         d, columns = out.shape
-        pieces, size = pieces_of_a_tile(d), tokens_of_a_piece(d)
+        size = tokens_of_a_piece(d)
         plgpu.copy_gmem_to_smem(words_ref.at[h], flags, barrier)
         plgpu.copy_gmem_to_smem(summary_ref.at[h], summary, barrier)
         load_exact_queries(h, q_ref, numbers_ref, queries, numbers, barrier)
         plgpu.barrier_wait(barrier)
-        piece = part % pieces
-        count = mg.list_in_chunks(
-            flags, summary, lambda n: n % TILES_READ > 0, lambda word: (pieces_of(word) >> piece) & 1 == 1, order,
-            part // pieces, parts // pieces,
-        )  # fmt: skip
-        unit, shift = (mg.over_rows(numbers[i], HALF) for i in (UNIT_EXACT, SHIFT_EXACT))
-        for tile in (keys, values):  # a product takes HALF rows, of which a piece fills the first
+        count = mg.list_pieces(flags, summary, pieces_of_a_tile(d), order, part, parts)
+        for tile in (keys, values):  # a product takes HALF rows, of which fewer may be read
             tile[...] = jnp.zeros((HALF, d), jnp.bfloat16)
 
-        def visit(i, carry):
-            here, there = pl.ds(order[i] * TILE + piece * size, size), pl.ds(0, size)
-            plgpu.commit_smem()  # a barrier: no warp reads the piece before any more
-            load_from_host((k_ref.at[layer, h, here], v_ref.at[layer, h, here]), (keys.at[there], values.at[there]))
-            return attend_original_tile(size, queries, unit, shift, keys, values, weights, carry, interpret)
+        def read(first, at_once: int, carry):
+            plgpu.commit_smem()  # a barrier: no warp reads the pieces before any more
+            sources, targets = [], []
+            for i in range(at_once):
+                here, there = pl.ds(order[first + i] * size, size), pl.ds(i * size, size)
+                sources += [ref.at[layer, h, here] for ref in (k_ref, v_ref)]
+                targets += [ref.at[there] for ref in (keys, values)]
+            load_from_host(sources, targets)
+            unit, shift = (mg.over_rows(numbers[i], HALF) for i in (UNIT_EXACT, SHIFT_EXACT))
+            return attend_original_tile(
+                at_once * size, queries, unit, shift, keys, values, weights, carry, interpret
+            )
 
-        acc, *rest = lax.fori_loop(0, count, visit, nothing(d, columns))
+        many = HALF // size
+        full = count // many
+        carry = lax.fori_loop(0, full, lambda i, carry: read(i * many, many, carry), nothing(d, columns))
+        acc, *rest = lax.fori_loop(full * many, count, lambda i, carry: read(i, 1, carry), carry)
         store_rows(rest, sums, sums_ref.at[h, part])
 
         @pl.when(count > 0)
@@ -188,20 +193,19 @@ def attend_promoted_pieces(
 
 def scratch_of_originals(rows: tuple[int, int], parts: int, q) -> list:
     """Shared memory for what `attend_chosen_originals` returns. `rows`: of the flags."""
-    return _scratch(rows, -(-rows[0] * rows[1] * (2 - parts % 2) // parts), 2, q)
+    return _scratch(rows, -(-rows[0] * rows[1] * (2 - parts % 2) // parts), 2, *q.parts.shape[2:])
 
 
-def scratch_of_pieces(rows: tuple[int, int], summary: tuple[int], parts: int, q) -> list:
+def scratch_of_pieces(rows: tuple[int, int], summary: tuple[int], parts: int, columns: int, d: int) -> list:
     """The same for `attend_promoted_pieces`."""
-    listed = -(-rows[0] * rows[1] // (parts // pieces_of_a_tile(q.parts.shape[3])))
-    return [*_scratch(rows, listed, 3, q), plgpu.SMEM(summary, jnp.int32)]
+    listed = mg.most_listed(rows[0] * rows[1], parts) * pieces_of_a_tile(d)
+    return [*_scratch(rows, listed, 3, columns, d), plgpu.SMEM(summary, jnp.int32)]
 
 
-def _scratch(rows: tuple[int, int], listed: int, copies: int, q) -> list:
-    columns, d = q.parts.shape[2:]
+def _scratch(rows: tuple[int, int], listed: int, copies: int, columns: int, d: int) -> list:
     return [
         plgpu.SMEM(rows, jnp.int32),
-        plgpu.SMEM(q.numbers.shape[1:], jnp.float32),
+        plgpu.SMEM((7, columns), jnp.float32),
         plgpu.SMEM((listed,), jnp.int32),
         plgpu.SMEM((d, columns), jnp.float32),
         plgpu.SMEM((4, columns), jnp.float32),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.levels import TILE, promoted_pieces, tokens_of_a_piece
 from pallas_kernels.query import PARTS, SHIFT_EXACT, UNIT_EXACT, Operands, distinct, together, twice, whole
+from pallas_kernels.twins import in_first
 
 LOWEST = -1e30
 """Score of what is not attended to."""
@@ -69,10 +70,11 @@ def attend_pieces(
     *,
     splits: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
-    """As `attend_originals`, of the pieces that are promoted."""
+    """As `attend_originals`, of the pieces that are promoted; all in the first part, which always is at work."""
     d = keys.shape[3]
     live = jnp.repeat(promoted_pieces(words, d), tokens_of_a_piece(d), axis=2)  # [H, NT, 128]
-    return _in_parts(layer, live, q, keys, values, splits, False)
+    acc, sums = _in_parts(layer, live, q, keys, values, 1, False)
+    return in_first(acc[:, 0], splits), in_first(sums[:, 0], splits)
 
 
 def _in_parts(layer, live, q: Operands, keys, values, splits: int, alone: bool) -> tuple[jax.Array, jax.Array]:

@@ -1,8 +1,8 @@
 """Which tiles to read, and at which level. Twin: `certjax.fused.plan.choose`.
 
-Three kernels, as each needs sums over what the one before found: `_weigh` adds up the tiles of chunks, `_offer` says
-what each tile would add to the bound and what is left of a layer's at every price, `_settle` takes the highest price
-that fits. These are estimates: they decide what is read and nothing else.
+Two kernels, as the second needs sums over what the first found: `_offer` says what is asked for at all, what each tile
+would add to the bound and what is left of a layer's at every price, `_settle` takes the highest price that fits. These
+are estimates: they decide what is read and nothing else.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import triton
 import triton.language as tl
 
 from pallas_kernels import levels as lv
-from pallas_kernels.device_math import exp_down, expm1_up, least, most, no_nan, product, rounded
+from pallas_kernels.device_math import expm1_up, least, most, no_nan, product, rounded
+from pallas_kernels.judge import record as rc
+from pallas_kernels.judge.record import ROWS
 from pallas_kernels.launch import launch
 from pallas_kernels.tile_facts import (
     NOTES,
-    add_originals,
     key_terms,
     keyed_sums,
     linear_value_terms,
@@ -27,20 +28,18 @@ from pallas_kernels.tile_facts import (
     tile_sums,
 )
 
-PRICES, STEPS = tl.constexpr(64), tl.constexpr(4)
+PRICES, STEPS, ROWS_OF_PRICES = tl.constexpr(62), tl.constexpr(4), tl.constexpr(64)
 """Candidates for the price of reading a tile at its finest, in shares of a layer's tolerance: so many, so many to a
-factor of two."""
-
-FIELDS = tl.constexpr(5)
-"""Of a part of a head, from `_weigh`. Of a chunk of tiles: sums of w, of w nu, of the squares of what is not seen yet
-as a share of the first, of what scores may hide. Of the windows: sum of w, largest nu, and of m, their mean value less
-the centre, its square, its product with the centre, the centre's square."""
+factor of two. Behind what is left at each of them come what the bound came to by the plan before, and what is estimated
+of it."""
 
 COUNTS = tl.constexpr(lv.COUNTS)
-PROMOTED, WHOLE = tl.constexpr(lv.PROMOTED), tl.constexpr(lv.PROMOTED + 1)
+COARSE, PROMOTED, WHOLE = tl.constexpr(lv.COARSE), tl.constexpr(lv.PROMOTED), tl.constexpr(lv.PROMOTED + 1)
 """Levels while they are chosen: some pieces of a tile, all of them."""
 
-CHUNK, TILES_READ = lv.CHUNK, tl.constexpr(lv.TILES_READ)
+KEPT, ANEW, REDO = tl.constexpr(rc.KEPT), tl.constexpr(rc.ANEW), tl.constexpr(rc.REDO)
+
+CHUNK, LOOK, TILES_READ = lv.CHUNK, tl.constexpr(lv.LOOK), tl.constexpr(lv.TILES_READ)
 AT_ONCE = tl.constexpr(8)
 """Promoted tiles whose pieces are chosen at once."""
 
@@ -48,88 +47,77 @@ LARGEST = tl.constexpr(1e30)
 
 
 @triton.jit
-def _weigh(
-    stats, window_acc, window_sums, kappa, nu, facts, largest_of_head, value_centre, meta, layer,  # inputs
-    weighed,  # output
-    H: tl.constexpr, NT: tl.constexpr, W: tl.constexpr, C: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
-    HIGHEST: tl.constexpr,
-):  # fmt: skip
-    h, chunk, at = tl.program_id(0), tl.program_id(1), tl.load(layer)
-    n_parts, col = tl.num_programs(1), tl.arange(0, C)
-    to = weighed + (h * n_parts + chunk) * FIELDS * C + col
-    if chunk < n_parts - 1:
-        t = chunk * T + tl.arange(0, T)
-        active = (t >= tl.load(meta + h * 3)) & (t < tl.load(meta + h * 3 + 1))
-        noted = (at * H + h) * NT + t
-        delta = tl.load(facts + h * 4 * C + col)[None] * number(kappa + noted * 2, active)[:, None]
-        a, n, norm, scaled = tile_sums(stats, h * NT + t, number(nu + noted, active), active, C)
-        total = tl.sum(a, 0)
-        # Values not seen yet are taken to point anywhere: their squares add up. What is squared is a share first:
-        # weights may be so small that their squares vanish.
-        unseen = norm * (1 / most(total, 2.0**-120))[None] * (n / most(a, 2.0**-100))
-        lost = a * (1 - exp_down(-least(delta, 80.0)))
-        tl.store(to, total)
-        tl.store(to + C, tl.sum(n, 0))
-        tl.store(to + 2 * C, tl.sum(unseen * unseen, 0))
-        tl.store(to + 3 * C, tl.sum(lost, 0))
+def _fits(norm, own, shown, TOLERANCE: tl.constexpr, RELATIVE_TO: tl.constexpr, POOLED: tl.constexpr,
+          SHARES: tl.constexpr):  # fmt: skip
+    """Whether a row keeps its tolerance as it is, `[heads, C]`: what `_decide` says of nobody going dense."""
+    own = tl.where(shown, no_nan(own), 0.0)
+    if RELATIVE_TO == "layer":
+        # In units of the longest output, so that no square overflows or vanishes.
+        unit = 1 / least(most(tl.max(tl.max(norm, 1), 0), 2.0**-100), 2.0**100)
+        own, norm = own * unit, norm * unit
+        squares = tl.sum(tl.sum(norm * norm, 1), 0)
+        bounds = tl.sum(tl.sum(own * own, 1), 0)
+        if not POOLED:
+            worst = tl.max(tl.max(own, 1), 0)
+            bounds = worst * worst * SHARES
+        fits = (bounds <= (TOLERANCE * TOLERANCE * (1 - 2.0**-14)) * squares) & (squares < float("inf"))
     else:
-        centre = tl.load(value_centre + (at * H + h) * D + tl.arange(0, D))[:, None]
-        longest_centre = tl.load(largest_of_head + (at * 6 + 5) * H + h)
-        exact, total, longest_key, longest = add_originals(window_acc, window_sums, h * W, W, 1, D, C, HIGHEST)
-        moved = tl.where((total > 0)[None], exact / total[None] - centre, 0.0)
-        tl.store(to, total)
-        tl.store(to + C, tl.sqrt(longest) + longest_centre)
-        tl.store(to + 2 * C, tl.sum(moved * moved, 0))
-        tl.store(to + 3 * C, tl.sum(moved * centre, 0))
-        tl.store(to + 4 * C, tl.full((C,), 1.0, tl.float32) * tl.sum(tl.sum(centre * centre, 1), 0))
-
-
-@triton.jit
-def _of_chunks(weighed, field, head, CHUNKS: tl.constexpr, CHUNKS_UP: tl.constexpr, C: tl.constexpr, here):
-    """Of heads' chunks of tiles, [heads, chunks, C]."""
-    chunk = tl.arange(0, CHUNKS_UP)[None, :, None]
-    of = weighed + ((head[:, None, None] * (CHUNKS + 1) + chunk) * FIELDS + field) * C + tl.arange(0, C)[None, None]
-    return tl.load(of, mask=here[:, None, None] & (chunk < CHUNKS), other=0.0)
-
-
-@triton.jit
-def _of_windows(weighed, field, head, CHUNKS: tl.constexpr, C: tl.constexpr, here):
-    of = weighed + ((head[:, None] * (CHUNKS + 1) + CHUNKS) * FIELDS + field) * C + tl.arange(0, C)[None]
-    return tl.load(of, mask=here[:, None], other=0.0)
-
-
-@triton.jit
-def _own(x, mine):
-    """The row of a program's own head."""
-    return tl.sum(tl.where(mine[:, None], x, 0.0), 0)
+        if RELATIVE_TO == "head":
+            allowed = tl.where(tl.abs(norm) < float("inf"), TOLERANCE * norm, 0.0)
+        else:
+            allowed = tl.full(norm.shape, TOLERANCE, tl.float32)
+        fits = tl.sum(tl.sum((~(own <= allowed) & shown).to(tl.int32), 1), 0) == 0
+    return fits
 
 
 @triton.jit
 def _offer(
-    stats, kappa, eta, nu, sigma_k, sigma_v, rho_k, rho_v, facts, weighed, aim, meta, layer,  # inputs
-    costs, shares, left,  # outputs
-    H: tl.constexpr, HEADS: tl.constexpr, HEADS_UP: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_UP: tl.constexpr,
-    NT: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, T: tl.constexpr, RELATIVE_TO: tl.constexpr,
-    TOLERANCE: tl.constexpr, MARGIN: tl.constexpr, POOLED: tl.constexpr, COARSE_FEE: tl.constexpr,
-    HOST_FEE: tl.constexpr, PIECES: tl.constexpr, SUMMED: tl.constexpr,
+    stats, kappa, eta, nu, sigma_k, sigma_v, rho_k, rho_v, facts, record, before, meta, layer,  # inputs
+    asked, costs, shares, left,  # outputs
+    H: tl.constexpr, HEADS: tl.constexpr, HEADS_UP: tl.constexpr, CHUNKS: tl.constexpr, NT: tl.constexpr,
+    GROUP: tl.constexpr, C: tl.constexpr, T: tl.constexpr, RELATIVE_TO: tl.constexpr, TOLERANCE: tl.constexpr,
+    AIM: tl.constexpr, POOLED: tl.constexpr, COARSE_FEE: tl.constexpr, HOST_FEE: tl.constexpr, PIECES: tl.constexpr,
+    SUMMED: tl.constexpr, REFRESH: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
     h, chunk, at = tl.program_id(0), tl.program_id(1), tl.load(layer)
+    row, col = tl.arange(0, HEADS_UP)[:, None], tl.arange(0, C)
+    shown = (row < HEADS) & (col < GROUP)[None]
+    of = record + (h // HEADS * HEADS + row) * ROWS * C + col[None]
+    norm, bound = tl.load(of, mask=shown, other=0.0), tl.load(of + 4 * C, mask=shown, other=0.0)
+    length = tl.load(meta + h * 3 + 2)
+    fits = _fits(norm, bound, shown, TOLERANCE, RELATIVE_TO, POOLED, HEADS * GROUP)
+    what = tl.where(fits, tl.where((length + at) % REFRESH == 0, ANEW, KEPT), REDO)
+    if chunk == 0:
+        tl.store(asked + h, what)
+    if what != KEPT:
+        _offer_tiles(
+            stats, kappa, eta, nu, sigma_k, sigma_v, rho_k, rho_v, facts, record, before, norm, meta, at, costs, shares,
+            left, H, HEADS, CHUNKS, NT, GROUP, C, T, RELATIVE_TO, AIM * TOLERANCE, POOLED, COARSE_FEE, HOST_FEE, PIECES,
+            SUMMED, FLAGS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _offer_tiles(
+    stats, kappa, eta, nu, sigma_k, sigma_v, rho_k, rho_v, facts, record, before, norms, meta, at,  # inputs
+    costs, shares, left,  # outputs
+    H: tl.constexpr, HEADS: tl.constexpr, CHUNKS: tl.constexpr, NT: tl.constexpr, GROUP: tl.constexpr,
+    C: tl.constexpr, T: tl.constexpr, RELATIVE_TO: tl.constexpr, TOLERANCE: tl.constexpr, POOLED: tl.constexpr,
+    COARSE_FEE: tl.constexpr, HOST_FEE: tl.constexpr, PIECES: tl.constexpr, SUMMED: tl.constexpr,
+    FLAGS: tl.constexpr,
+):  # fmt: skip
+    h, chunk = tl.program_id(0), tl.program_id(1)
     col, t = tl.arange(0, C), chunk * T + tl.arange(0, T)
-    row = tl.arange(0, HEADS_UP)
-    head, here, mine = h // HEADS * HEADS + row, row < HEADS, row == h % HEADS
     # Everything is loaded first: a load that comes after a sum over several warps waits for it.
-    weight = _of_chunks(weighed, 0, head, CHUNKS, CHUNKS_UP, C, here)
-    weight_nu = _of_chunks(weighed, 1, head, CHUNKS, CHUNKS_UP, C, here)
-    square_of_chunk = _of_chunks(weighed, 2, head, CHUNKS, CHUNKS_UP, C, here)
-    lost = _of_chunks(weighed, 3, head, CHUNKS, CHUNKS_UP, C, here)
-    exact, exact_nu = _of_windows(weighed, 0, head, CHUNKS, C, here), _of_windows(weighed, 1, head, CHUNKS, C, here)
-    moved, along = _of_windows(weighed, 2, head, CHUNKS, C, here), _of_windows(weighed, 3, head, CHUNKS, C, here)
-    centre = _of_windows(weighed, 4, head, CHUNKS, C, here)
-    tolerance = MARGIN * TOLERANCE * tl.load(aim + at * (H // HEADS) + h // HEADS)
     q_norm, eps = tl.load(facts + h * 4 * C + col), tl.load(facts + h * 4 * C + C + col)
+    of = record + h * ROWS * C + col
+    own, total, l_minus = tl.load(of), tl.load(of + 10 * C), tl.load(of + 11 * C)
+    from_centre, nu_mean, came_to = tl.load(of + 12 * C), tl.load(of + 13 * C), tl.load(of + 4 * C)
     first, end = tl.load(meta + h * 3), tl.load(meta + h * 3 + 1)
     active = (t >= first) & (t < end)
     noted = (at * H + h) * NT + t
+    now = tl.load(before + h * FLAGS + t, mask=active, other=0)
+    now = tl.where(now == (3 | ((2**PIECES - 1) << 8)), WHOLE, now & 255)
     nu_peak = number(nu + noted, active)
     kappa_0, kappa_1 = number(kappa + noted * 2, active), number(kappa + noted * 2 + 1, active)
     sigma_k0, sigma_k1 = number(sigma_k + noted * 2, active), number(sigma_k + noted * 2 + 1, active)
@@ -141,25 +129,15 @@ def _offer(
     a, n, norm, scaled = tile_sums(stats, h * NT + t, nu_peak, active, C)
     keyed, keyed_n = keyed_sums(stats, h * NT + t, nu_peak, active, C)
 
-    total = tl.sum(weight, 1) + exact
-    share = weight / total[:, None]
-    unseen = tl.sum(square_of_chunk * (share * share), 1)
-    share = exact / total
-    from_centre = moved * (share * share) + unseen
-    squares = tl.where(here[:, None], from_centre + 2 * along * share + centre, 0.0)
     if RELATIVE_TO == "absolute":
-        room = tl.full((C,), 1.0, tl.float32) * tolerance
+        room = tl.full((C,), TOLERANCE, tl.float32)
     else:
         if RELATIVE_TO == "layer":
-            in_group = tl.where((col < GROUP)[None], squares, 0.0)
-            square = tl.full((C,), 1.0, tl.float32) * (tl.sum(tl.sum(in_group, 1), 0) / (HEADS * GROUP))
+            square = tl.full((C,), 1.0, tl.float32) * (tl.sum(tl.sum(norms * norms, 1), 0) / (HEADS * GROUP))
+            room = tl.where(square < float("inf"), TOLERANCE * tl.sqrt(square), 0.0)
         else:
-            square = _own(squares, mine)
-        room = tl.where(square < float("inf"), tolerance * tl.sqrt(square), 0.0)
-    h_bar = tl.sqrt(_own(from_centre, mine)) + 2 * room  # what the values may add to it
-    nu_mean = _own((tl.sum(weight_nu, 1) + exact * exact_nu) / total, mine)
-    l_minus = 1 - _own(tl.sum(lost, 1) / total, mine)
-    total = _own(total, mine)
+            room = tl.where(own < float("inf"), TOLERANCE * own, 0.0)
+    h_bar = from_centre + 2 * room  # what the values may add to it
     kept = (col < GROUP)[None]
 
     k0, k1, _, _ = key_terms(a, n, norm, keyed, keyed_n, q_norm, kappa_0, sigma_k0, rho_k0, nu_peak)
@@ -191,16 +169,19 @@ def _offer(
     to = shares + (h * NT + t[:, None]) * (C // 2) + col[None]
     tl.store(to, o2, mask=(t < NT)[:, None] & (col < C // 2)[None])
 
-    j = tl.arange(0, PRICES)
+    j = tl.arange(0, ROWS_OF_PRICES)
     price = tl.exp2(-j.to(tl.float32) / STEPS)[:, None]
     level = _levels(c0[None], c1[None], c2[None], c3[None], price, COARSE_FEE, HOST_FEE, PIECES)  # [J, T]
+    level = tl.where((j < PRICES)[:, None], level, now[None])
     # Sums over tiles by the matrix unit; estimates may be off by the 2^-9 of its operands.
     remains = product((level == 0).to(tl.float32), rounded(o0)) + product((level == 1).to(tl.float32), rounded(o1))
     remains += product((level == 2).to(tl.float32), rounded(o2)) + product((level == 3).to(tl.float32), rounded(o3))
     if chunk == 0:
         rounding = 1.25 * expm1_up(eps) * (nu_mean + h_bar) + SUMMED * nu_mean
         remains += tl.where(col < GROUP, no_nan(rounding / room), 0.0)[None]
-    to = left + ((h * CHUNKS + chunk) * PRICES + j[:, None]) * (C // 2) + col[None]
+    came_to = tl.where((col < GROUP) & (chunk == 0), came_to / room, 0.0)
+    remains = tl.where((j == PRICES)[:, None], came_to[None], remains)
+    to = left + ((h * CHUNKS + chunk) * ROWS_OF_PRICES + j[:, None]) * (C // 2) + col[None]
     tl.store(to, remains, mask=(col < C // 2)[None])
 
 
@@ -230,23 +211,52 @@ def _level_at(costs, h, t, active, price, NT: tl.constexpr, COARSE_FEE: tl.const
 
 @triton.jit
 def _settle(
-    costs, left, shares, weights, meta,  # inputs
-    words, counts, summary,  # outputs
+    costs, left, shares, weights, meta, asked, before,  # inputs
+    words, counts, summary, held,  # outputs
     HEADS: tl.constexpr, HEADS_UP: tl.constexpr, NT: tl.constexpr, FLAGS: tl.constexpr, N_CHUNKS: tl.constexpr,
     GROUP: tl.constexpr, C: tl.constexpr, T: tl.constexpr, POOLED: tl.constexpr, COARSE_FEE: tl.constexpr,
-    HOST_FEE: tl.constexpr, PIECES: tl.constexpr, MAX_PROMOTED: tl.constexpr,
+    HOST_FEE: tl.constexpr, PIECES: tl.constexpr, MAX_PROMOTED: tl.constexpr, LEAST: tl.constexpr,
+):  # fmt: skip
+    """A new plan where one is asked for, and what the cache keeps for the next step."""
+    h, own = tl.program_id(0), tl.program_id(1)
+    what = tl.load(asked + h)
+    if what != KEPT:
+        _settle_tiles(
+            costs, left, shares, weights, meta, what, words, counts, summary, held, HEADS, HEADS_UP, NT, FLAGS,
+            N_CHUNKS, GROUP, C, T, POOLED, COARSE_FEE, HOST_FEE, PIECES, MAX_PROMOTED, LEAST,
+        )  # fmt: skip
+    else:
+        t = own * T + tl.arange(0, T)
+        active = (t >= tl.load(meta + h * 3)) & (t < tl.load(meta + h * 3 + 1))
+        tl.store(held + h * FLAGS + t, tl.load(before + h * FLAGS + t, mask=active, other=COARSE), mask=t < FLAGS)
+        block = tl.arange(0, T // LOOK)
+        tl.store(summary + (h * tl.num_programs(1) + own) * (T // LOOK) + block, tl.zeros((T // LOOK,), tl.int32))
+        if own == 0:
+            column = tl.arange(0, 8)
+            tl.store(counts + h * COUNTS + column, tl.zeros((8,), tl.int32), mask=column < COUNTS)
+
+
+@triton.jit
+def _settle_tiles(
+    costs, left, shares, weights, meta, what,  # inputs
+    words, counts, summary, held,  # outputs
+    HEADS: tl.constexpr, HEADS_UP: tl.constexpr, NT: tl.constexpr, FLAGS: tl.constexpr, N_CHUNKS: tl.constexpr,
+    GROUP: tl.constexpr, C: tl.constexpr, T: tl.constexpr, POOLED: tl.constexpr, COARSE_FEE: tl.constexpr,
+    HOST_FEE: tl.constexpr, PIECES: tl.constexpr, MAX_PROMOTED: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
     h, own = tl.program_id(0), tl.program_id(1)
-    j, col, tile = tl.arange(0, PRICES), tl.arange(0, C // 2), tl.arange(0, T)
+    j, col, tile = tl.arange(0, ROWS_OF_PRICES), tl.arange(0, C // 2), tl.arange(0, T)
     row = tl.arange(0, HEADS_UP)[:, None, None]
-    remains = tl.zeros((HEADS_UP, PRICES, C // 2), tl.float32)
+    remains = tl.zeros((HEADS_UP, ROWS_OF_PRICES, C // 2), tl.float32)
     for chunk in tl.static_range(N_CHUNKS):
-        of = ((h // HEADS * HEADS + row) * N_CHUNKS + chunk) * PRICES + j[None, :, None]
+        of = ((h // HEADS * HEADS + row) * N_CHUNKS + chunk) * ROWS_OF_PRICES + j[None, :, None]
         remains += tl.load(left + of * (C // 2) + col[None, None], mask=row < HEADS, other=0.0)
     squares = tl.sum(tl.sum(remains * remains, 2), 0)
     worst = squares * (1 / (HEADS * GROUP)) if POOLED else tl.max(tl.max(remains, 2), 0)
     # What is left falls with the price: the first that fits comes after those that do not.
-    dearer = tl.sum((~(worst <= 1)).to(tl.int32), 0)
+    of_estimate = tl.sum(tl.where(j == PRICES, worst, 0.0), 0) / tl.sum(tl.where(j == PRICES + 1, worst, 0.0), 0)
+    of_estimate = tl.where(of_estimate < float("inf"), tl.minimum(tl.maximum(of_estimate, LEAST), 1.0), 1.0)
+    dearer = tl.sum((~(worst * of_estimate <= 1) & (j < PRICES)).to(tl.int32), 0)
     price = tl.exp2(-dearer.to(tl.float32) / STEPS)
     first, end = tl.load(meta + h * 3), tl.load(meta + h * 3 + 1)
     # All programs of a head evaluate the same: what one counts is what the others store.
@@ -264,13 +274,14 @@ def _settle(
     n_active, n_promoted = tl.maximum(end - first, 0), tl.sum(n_promoted, 0)
     stays = tl.where((n_promoted <= MAX_PROMOTED * n_active.to(tl.float32)) & (dearer < PRICES), 1, 0)
     mine *= stays
+    redo = tl.where(what == REDO, 1, 0)
     if own == 0:
         to = counts + h * COUNTS
-        tl.store(to, n_active)
-        tl.store(to + 1, tl.sum(n_coarse, 0) * stays)
-        tl.store(to + 2, tl.sum(n_finest, 0) * stays)
-        tl.store(to + 3, n_promoted * stays)
-        tl.store(to + 4, 1 - stays)
+        tl.store(to, n_active * redo)
+        tl.store(to + 1, tl.sum(n_coarse, 0) * stays * redo)
+        tl.store(to + 2, tl.sum(n_finest, 0) * stays * redo)
+        tl.store(to + 3, n_promoted * stays * redo)
+        tl.store(to + 4, (1 - stays) * redo)
 
     # Which pieces: each would add its share of the tile's weights.
     word = tl.where(mine == WHOLE, 3 | ((2**PIECES - 1) << 8), mine)
@@ -302,9 +313,13 @@ def _settle(
         done += AT_ONCE
     t = own * T + tile
     tl.store(words + h * FLAGS + t, word, mask=t < FLAGS)
+    known = (t >= first) & (t < end) & (stays > 0)
+    tl.store(held + h * FLAGS + t, tl.where(known, word, COARSE), mask=t < FLAGS)
     n = tl.sum((((word >> 8)[:, None] >> piece[None]) & 1), 1)
     n += tl.where((mine == 2) | ((mine >= PROMOTED) & (n < PIECES)), TILES_READ, 0)
-    tl.store(summary + h * tl.num_programs(1) + own, tl.sum(n, 0))
+    block = tl.arange(0, T // LOOK)
+    of_block = tl.sum(tl.reshape(n, (T // LOOK, LOOK)), 1) * redo
+    tl.store(summary + (h * tl.num_programs(1) + own) * (T // LOOK) + block, of_block)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,61 +328,59 @@ class Terms:
 
     heads: int  # KV heads of a sequence
     group: int  # query heads of each
+    d: int
     relative_to: str
     tolerance: float
-    margin: float
+    aim: float  # of the tolerance
     pooled: bool
     coarse_fee: float
     host_fee: float
     max_promoted: float
-    highest: float
+    refresh: int  # steps after which a plan is made anew
+    least: float  # share of an estimate that a bound is taken to come to
     summed: float  # what sums may add, `certjax.fused.bound.summing`
 
 
 def choose(
-    scan: tuple[jax.Array, ...],  # stats [H, NT, 4, C], weights [H, NT, C, 128], acc [H, W, d, C], sums [H, W, 4, C]
+    stats: jax.Array,  # [H, NT, 4, C] of the scan
+    weights: jax.Array,  # [H, NT, C, 128] of the scan
+    record: jax.Array,  # [H, ROWS, C], what came of the plan before
+    before: jax.Array,  # [H, flags] int32, that plan
     notes: dict[str, jax.Array],  # peaks and spectral norms, [L, H, NT, ...] bfloat16
     facts: jax.Array,  # [H, 4, C] of `prepare_queries`
-    largest: jax.Array,  # [L, 6, H]
-    value_centre: jax.Array,  # [L, H, d] float32
-    aim: jax.Array,  # [L, b] float32, see `certjax.fused.aim`
     meta: jax.Array,  # [H, 3] int32
     layer: jax.Array,  # [1] int32
     terms: Terms,
-    flags: int,  # length of a head's row of flags, at least NT
-) -> list[jax.Array]:
-    """How much is read of every tile, `[H, flags]` int32; `counts` `[H, COUNTS]`; and the `summary` of chunks
-    (`pallas_kernels.levels`)."""
-    stats, weights, acc, sums = scan
+) -> tuple[jax.Array, list[jax.Array], jax.Array]:
+    """What is asked for, `[H]` int32 (`judge.record`); how much a second pass reads of every tile, `[H, flags]` int32,
+    with its `counts` `[H, COUNTS]` and the `summary` of chunks (`pallas_kernels.levels`), both 0 where it is not asked
+    for; and the plan for the next step, `[H, flags]` int32."""
     heads, n_tiles, _, columns = stats.shape
-    chunks = -(-n_tiles // CHUNK)
-    f32 = jnp.float32
-    shape = dict(NT=n_tiles, C=columns)
-    weighed = launch(
-        _weigh, stats, acc, sums, notes["kappa"], notes["nu"], facts, largest, value_centre, meta, layer,
-        out=jax.ShapeDtypeStruct((heads, chunks + 1, FIELDS.value, columns), f32), grid=(heads, chunks + 1), H=heads,
-        W=acc.shape[1], D=acc.shape[2], T=CHUNK, HIGHEST=terms.highest,
-        **shape,
-    )  # fmt: skip
+    chunks, flags, d = -(-n_tiles // CHUNK), before.shape[1], terms.d
+    i32, f32 = jnp.int32, jnp.float32
     of_row = dict(HEADS=terms.heads, HEADS_UP=triton.next_power_of_2(terms.heads))
-    fees = dict(
-        POOLED=terms.pooled, COARSE_FEE=terms.coarse_fee, HOST_FEE=terms.host_fee, GROUP=terms.group,
-        PIECES=lv.pieces_of_a_tile(acc.shape[2]),
+    common = dict(
+        NT=n_tiles, C=columns, POOLED=terms.pooled, COARSE_FEE=terms.coarse_fee, HOST_FEE=terms.host_fee,
+        GROUP=terms.group, PIECES=lv.pieces_of_a_tile(d), T=CHUNK,
     )  # fmt: skip
-    costs, shares, left = launch(
-        _offer, stats, *(notes[x] for x in NOTES), facts, weighed, aim, meta, layer,
+    asked, costs, shares, left = launch(
+        _offer, stats, *(notes[x] for x in NOTES), facts, record, before, meta, layer,
         out=[
+            jax.ShapeDtypeStruct((heads,), i32),
             jax.ShapeDtypeStruct((heads, 4, n_tiles), f32),
             jax.ShapeDtypeStruct((heads, n_tiles, columns // 2), f32),
-            jax.ShapeDtypeStruct((heads, chunks, PRICES.value, columns // 2), f32),
+            jax.ShapeDtypeStruct((heads, chunks, ROWS_OF_PRICES.value, columns // 2), f32),
         ],
-        grid=(heads, chunks), warps=8, H=heads, CHUNKS=chunks, CHUNKS_UP=triton.next_power_of_2(chunks), T=CHUNK,
-        RELATIVE_TO=terms.relative_to, TOLERANCE=terms.tolerance, MARGIN=terms.margin,
-        SUMMED=terms.summed, **of_row, **fees, **shape,
+        grid=(heads, chunks), warps=8, H=heads, CHUNKS=chunks, RELATIVE_TO=terms.relative_to,
+        TOLERANCE=terms.tolerance, AIM=terms.aim, SUMMED=terms.summed, REFRESH=terms.refresh,
+        FLAGS=flags, **of_row, **common,
     )  # fmt: skip
-    own = lv.length_of_summary(flags)
-    i32 = [jax.ShapeDtypeStruct((heads, n), jnp.int32) for n in (flags, COUNTS.value, own)]
-    return launch(
-        _settle, costs, left, shares, weights, meta, out=i32, grid=(heads, own), warps=8, FLAGS=flags, N_CHUNKS=chunks,
-        T=CHUNK, MAX_PROMOTED=terms.max_promoted, **of_row, **fees, **shape,
-    )
+    numbers = lv.length_of_summary(flags)
+    *fresh, held = launch(
+        _settle, costs, left, shares, weights, meta, asked, before,
+        out=[jax.ShapeDtypeStruct((heads, n), i32) for n in (flags, COUNTS.value, numbers, flags)],
+        grid=(heads, -(-flags // CHUNK)), warps=8, FLAGS=flags, N_CHUNKS=chunks, MAX_PROMOTED=terms.max_promoted,
+        LEAST=terms.least,
+        **of_row, **common,
+    )  # fmt: skip
+    return asked, fresh, held

@@ -1,4 +1,5 @@
-"""First pass of a step on Mosaic GPU: every key at its coarsest level, and the windows in full.
+"""First pass of a step on Mosaic GPU: every key at its coarsest level, the values that a plan asks for at theirs, and
+the windows in full.
 
 Twin: `scan/reference.py`.
 """
@@ -12,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic as mg
-from pallas_kernels.levels import TILE
+from pallas_kernels.levels import COARSE, TILE, level_of
 from pallas_kernels.mosaic import SUMS
 from pallas_kernels.originals.mosaic import (
     attend_original_tile,
@@ -23,63 +24,117 @@ from pallas_kernels.originals.mosaic import (
 from pallas_kernels.query import HALF, PARTS, SHIFT, SHIFT_EXACT, UNIT, UNIT_EXACT
 
 STAGES = 2
-"""Tiles of keys on their way into shared memory."""
+"""Tiles on their way into shared memory."""
+
+ROWS = 64
+"""Channels that are multiplied at once."""
 
 
-def scan_tiles(layer, meta, q, keys, key_scale, value_scale, nu, live, windows, *, splits: int, interpret=False):
-    n_layers, heads, n, d = keys.shape
-    n_tiles, columns = n // TILE, q.parts.shape[2]
-    numbers_shape = plgpu.SMEM(q.numbers.shape[1:], jnp.float32)
-    most = -(-n_tiles // splits)
+def scan_tiles(
+    layer, meta, words, q, keys, key_scale, values, value_scale, nu, live, windows, *, splits: int, interpret=False
+):
+    heads, n, d = keys.shape[1:]
+    n_tiles, columns, f32 = n // TILE, q.parts.shape[2], jnp.float32
+    words = mg.rows_of_flags(words)
+    numbers_shape = plgpu.SMEM(q.numbers.shape[1:], f32)
     places = [(i, j) for i in range(len(windows) // 2) for j in range(windows[2 * i].shape[2] // TILE)]
 
-    def kernel(layer_ref, meta_ref, q_ref, wide_ref, numbers_ref, k_ref, ks_ref, vs_ref, nu_ref, live_ref, *refs):
-        window_refs, (stats_ref, weights_ref, acc_ref, sums_ref) = refs[: len(windows)], refs[len(windows) :]
+    def kernel(
+        layer_ref, meta_ref, words_ref, q_ref, wide_ref, numbers_ref, k_ref, ks_ref, v_ref, vs_ref, nu_ref, live_ref,
+        *refs,
+    ):  # fmt: skip
+        window_refs, refs = refs[: len(windows)], refs[len(windows) :]
+        stats_ref, weights_ref, values_ref, acc_ref, sums_ref = refs
         h, split = lax.axis_index("h"), lax.axis_index("s")
         layer, first, end = layer_ref[0], meta_ref[h, 0], meta_ref[h, 1]
 
-        def stream(numbers, stats, weights, barrier, *queries):
+        def stream(flags, numbers, stats, weights, out, barrier, ready, values_ready, k, ks, vs, nu, v, *queries):
+            count = jnp.maximum((end - first - split + splits - 1) // splits, 0)
+
+            def tile_at(i):
+                return first + split + i * splits
+
+            def fetch(i):
+                @pl.when(i < count)
+                def _():
+                    slot, here = i % STAGES, pl.ds(tile_at(i) * TILE, TILE)
+                    for source, target in ((k_ref, k), (ks_ref, ks), (vs_ref, vs), (nu_ref, nu)):
+                        plgpu.copy_gmem_to_smem(source.at[layer, h, here], target.at[slot], ready.at[slot])
+
+            def coarse(tile):
+                return level_of(mg.flag_of(flags, tile)) == COARSE
+
+            def fetch_values(i):
+                tile = jnp.minimum(tile_at(i), n_tiles - 1)
+
+                @pl.when((i < count) & coarse(tile))
+                def _():
+                    slot = i % STAGES
+                    plgpu.copy_gmem_to_smem(v_ref.at[layer, h, tile], v.at[slot], values_ready.at[slot])
+
+            for i in range(STAGES):
+                fetch(jnp.int32(i))
+            plgpu.copy_gmem_to_smem(words_ref.at[h], flags, barrier)
             plgpu.copy_gmem_to_smem(numbers_ref.at[h], numbers, barrier)
             for i, q in enumerate(queries):
                 plgpu.copy_gmem_to_smem(q_ref.at[h, i], q, barrier)
-            per = (end - first + splits - 1) // splits
-            start = first + split * per
-            steps = jnp.maximum(jnp.minimum(per, end - start), 0)
             plgpu.barrier_wait(barrier)
+            for i in range(STAGES):
+                fetch_values(jnp.int32(i))
             unit, half, shift = (mg.over_rows(numbers[i], TILE) for i in (UNIT, HALF, SHIFT))
 
-            def visit(index, k, ks, vs, nu):
-                w = jnp.exp2(mg.times(mg.integer_dot(k, queries) * unit + half, ks) + shift)
-                scaled = mg.times(w, vs)
-                tile, slot = start + index[0], index[0] % 2
-                plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the slot's last copies have left it
-                mg.store_sums(w, scaled, nu, ks, stats.at[slot])
-                mg.store_weights(scaled, weights.at[slot])
-                plgpu.commit_smem()  # after the last read of the tile: the pipeline refills it without a barrier
-                plgpu.copy_smem_to_gmem(stats.at[slot], stats_ref.at[h, tile], commit_group=False)
-                plgpu.copy_smem_to_gmem(weights.at[slot], weights_ref.at[h, tile])
+            def visit(i, acc):
+                slot, tile, parity = i % STAGES, tile_at(i), i % 2
+                plgpu.barrier_wait(ready.at[slot])
+                w = jnp.exp2(mg.times(mg.integer_dot(k.at[slot], queries) * unit + half, ks.at[slot]) + shift)
+                scaled = mg.times(w, vs.at[slot])
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the parity's last copies have left it
+                for j, x in enumerate(mg.sums_of(w, scaled, nu.at[slot], ks.at[slot])):
+                    stats[parity, j] = x
+                mg.store_weights(scaled, weights.at[parity])
+                plgpu.commit_smem()  # a barrier: no warp is at the tile's keys any more
+                plgpu.copy_smem_to_gmem(stats.at[parity], stats_ref.at[h, tile], commit_group=False)
+                plgpu.copy_smem_to_gmem(weights.at[parity], weights_ref.at[h, tile])
+                fetch(i + STAGES)
 
-            here = pl.ds(start * TILE, most * TILE)
-            a_number = plgpu.BlockSpec((TILE,), lambda i: (i,))
-            plgpu.emit_pipeline(
-                visit,
-                grid=(steps,),
-                max_concurrent_steps=STAGES,
-                in_specs=[
-                    plgpu.BlockSpec((TILE, d), lambda i: (i, 0), transforms=mg.swizzled(8, d)),
-                    *[a_number] * 3,
-                ],
-            )(*(ref.at[layer, h, here] for ref in (k_ref, ks_ref, vs_ref, nu_ref)))
+                def product(j):
+                    codes = mg.fields(v[slot, pl.ds(j * ROWS, ROWS)], 4)
+                    return mg.sum_products(ROWS, mg.weighted(codes, weights.at[parity]), interpret)
+
+                def with_values(*acc):
+                    plgpu.barrier_wait(values_ready.at[slot])
+                    acc = tuple(part + product(j) for j, part in enumerate(acc))
+                    plgpu.commit_smem()  # a barrier: nor at its values
+                    return acc
+
+                acc = lax.cond(coarse(tile), with_values, lambda *acc: acc, *acc)
+                fetch_values(i + STAGES)
+                return acc
+
+            acc = lax.fori_loop(0, count, visit, (jnp.zeros((ROWS, columns), f32),) * (d // ROWS))
+            for j, part in enumerate(acc):
+                out[pl.ds(j * ROWS, ROWS)] = part * 0.25  # codes came in units of 16; a value has 4
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(out, values_ref.at[h, split])
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(split < splits)
         def _():
             pl.run_scoped(
                 stream,
+                plgpu.SMEM(words.shape[1:], jnp.int32),
                 numbers_shape,
-                plgpu.SMEM((2, SUMS, columns), jnp.float32),
+                plgpu.SMEM((2, SUMS, columns), f32),
                 mg.weights_ref(columns, 2),
-                plgpu.Barrier(num_arrivals=1 + PARTS),
+                plgpu.SMEM((d, columns), f32),
+                plgpu.Barrier(num_arrivals=2 + PARTS),
+                plgpu.Barrier(num_arrivals=4, num_barriers=STAGES),
+                plgpu.Barrier(num_arrivals=1, num_barriers=STAGES),
+                mg.tile_ref((TILE, d), jnp.int8, STAGES),
+                plgpu.SMEM((STAGES, TILE), jnp.bfloat16),
+                plgpu.SMEM((STAGES, TILE), jnp.bfloat16),
+                plgpu.SMEM((STAGES, TILE), jnp.uint8),
+                mg.tile_ref((d, TILE // 2), jnp.int8, STAGES),
                 *[mg.tile_ref((columns, d), jnp.int8)] * PARTS,
             )
 
@@ -118,12 +173,12 @@ def scan_tiles(layer, meta, q, keys, key_scale, value_scale, nu, live, windows, 
         for index, place in enumerate(places):
             pl.when(split == splits + index)(lambda place=place, index=index: window(place, index))
 
-    f32 = jnp.float32
     run = plgpu.kernel(
         kernel,
         out_type=[
             jax.ShapeDtypeStruct((heads, n_tiles, SUMS, columns), f32),
             jax.ShapeDtypeStruct((heads, n_tiles, columns, TILE), jnp.bfloat16),
+            jax.ShapeDtypeStruct((heads, splits, d, columns), f32),
             jax.ShapeDtypeStruct((heads, len(places), d, columns), f32),
             jax.ShapeDtypeStruct((heads, len(places), 4, columns), f32),
         ],
@@ -133,4 +188,7 @@ def scan_tiles(layer, meta, q, keys, key_scale, value_scale, nu, live, windows, 
         compiler_params=mg.PARAMS,
         interpret=interpret,
     )
-    return run(layer, meta, q.parts, q.wide, q.numbers, keys, key_scale, value_scale, nu, live, *windows)
+    return run(
+        layer, meta, words, q.parts, q.wide, q.numbers, keys, key_scale, values, value_scale, nu, live, *windows
+    )
+
