@@ -198,11 +198,11 @@ def list_pieces(flags, summary, pieces: int, order, split: jax.Array, splits) ->
 
 def _list(flags, summary, here: Callable, put: Callable, split: jax.Array, splits) -> jax.Array:
     n = flags.shape[0] * flags.shape[1]
-    runs = pl.cdiv(n, LOOK)
+    runs = min(pl.cdiv(n, LOOK), summary.shape[0] * summary.shape[1])  # what is beyond either is padding
 
     def look_at(carry):
         run, count = carry
-        tiles = jnp.where(here(summary[run]), jnp.minimum(LOOK, n - run * LOOK), jnp.int32(0))
+        tiles = jnp.where(here(flag_of(summary, run)), jnp.minimum(LOOK, n - run * LOOK), jnp.int32(0))
         count = lax.fori_loop(0, tiles, lambda i, count: put(run * LOOK + i, count), count)
         return run + splits, count
 

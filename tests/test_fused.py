@@ -120,6 +120,13 @@ def test_observe_returns_naive_attention_with_a_bound():
     assert (np.asarray(record.rung) == 0).all() and np.isinf(record.tolerance).all()
 
 
+def test_naive_reads_all_of_tier_1_whatever_the_policy():
+    q, *_ = originals()
+    run = jax.jit(lambda q, c, policy: naive_layer(q, c.stacked(), jnp.int32(0), policy), static_argnums=2)
+    by_plan = run(q, cache_of().replace(plan=0 * cache_of().plan), POLICY)
+    np.testing.assert_array_equal(by_plan, run(q, cache_of(), Policy.observe(block_size=128, backend="reference")))
+
+
 def test_same_cache_on_xla_agrees_within_both_bounds():
     q, *_ = originals()
     out, record = certify(q, cache_of(), POLICY)

@@ -218,16 +218,21 @@ def test_interpreted_kernel_equals_its_twin(d, name):
     assert not races.get_races().races_found
 
 
-def test_interpreted_fine_finds_its_tiles_in_every_chunk():
-    """Tiles at the ends of chunks of 128, and behind an empty one."""
-    d, n_tiles = 64, 134
+@pytest.mark.parametrize("n_tiles", [134, 270])
+def test_interpreted_fine_finds_its_tiles_in_every_chunk(n_tiles):
+    """Tiles at the ends of chunks of 128, and behind an empty one; words in one row, and in two, the second of which
+    goes beyond the summary."""
+    d = 64
     k, v, q = (jax.random.normal(jax.random.key(i), (1, 1, 1, n, d)) for i, n in enumerate((n_tiles * 128,) * 2 + (2,)))
     build = jax.jit(lambda k, v: TieredKVCache.from_prefill(k, v, POLICY, capacity=n_tiles * 128))
     cache = build(k.astype(jnp.bfloat16), v.astype(jnp.bfloat16))
     x = ops.layer_of(cache, jnp.int32(0), ops.shared(cache))
     q = ops.prepare(q[0, 0], x).kernel
     whole, finest = lv.word(lv.PROMOTED, lv.every_piece(d)), lv.FINEST
-    for chosen in ({1: finest, 127: whole, 128: finest, 131: lv.word(lv.PROMOTED, 2)}, {130: lv.word(lv.PROMOTED, 5)}):
+    last = n_tiles - 4
+    for chosen in (
+        {1: finest, 127: whole, 128: finest, n_tiles - 3: lv.word(lv.PROMOTED, 2)}, {last: lv.word(lv.PROMOTED, 5)},
+    ):  # fmt: skip
         words = jnp.zeros((1, n_tiles), jnp.int32).at[0, jnp.array(list(chosen))].set(jnp.array(list(chosen.values())))
         arguments = (
             x.index, words, lv.counts_of(words, x.active, jnp.zeros(1, bool)), lv.summary_of(words, d), q, x.keys,

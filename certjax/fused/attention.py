@@ -79,7 +79,7 @@ def fused_naive(
     common: ops.Shared | None = None,
 ) -> jax.Array:
     """Tier 1 at its finest and the windows, nothing checked: `[b, Hkv, G, d]` float32."""
-    step = _Step(q, cache, layer, policy, kernels, common)
+    step = _Step(q, cache, layer, policy, kernels, ops.shared(cache, finest=True) if common is None else common)
     plan, scan = step.plan(), step.scan(only_windows=True)
     found = step.joined(scan, plan, scan.coarse, step.fine(kernels.fine, plan))
     return step.judge(found, plan).out[:, : q.shape[2]].reshape(q.shape)

@@ -1,5 +1,5 @@
 """The step of `certjax.fused.attention` with nothing between its kernels: what XLA would do there in fifty small ones,
-Triton kernels do in nine.
+Triton kernels do in eleven.
 
 They hand each other what they found in global memory: prepare, scan, judge, plan; coarse, fine, and judge again (which
 do nothing where the plan of the step before has served); decide, dense, finish. What each of the small ones computes is

@@ -41,7 +41,7 @@ def fine_programs(layer, words, summary, counts_ref, words_ref, summary_ref, q_r
     Parameters
     ----------
     words, summary
-        Arrays, whose shapes say how much memory is needed; words are `mosaic.rows_of_flags`.
+        Arrays, whose shapes say how much memory is needed; both are `mosaic.rows_of_flags`.
     q_refs
         Of `query.Operands`.
     tier1_refs
@@ -172,7 +172,7 @@ def _refine(h, split, layer, words_ref, summary_ref, q_refs, tier1_refs, acc_ref
     return refine
 
 
-def _scratch(rows: tuple[int, int], chunks: tuple[int], splits: int, columns: int, d: int) -> list:
+def _scratch(rows: tuple[int, int], chunks: tuple[int, int], splits: int, columns: int, d: int) -> list:
     return [
         plgpu.SMEM(rows, jnp.int32),
         plgpu.SMEM(chunks, jnp.int32),
@@ -206,7 +206,7 @@ def results_of(heads: int, n_tiles: int, columns: int, d: int, splits: int, read
 def attend_fine(layer, words, counts, summary, q, keys, keys_low, key_scale, values, values_low, value_scale, nu,
                 host_keys, host_values, *, splits: int, readers: int, interpret=False):  # fmt: skip
     heads, n, d = keys.shape[1:]
-    words = mg.rows_of_flags(words)
+    words, summary = mg.rows_of_flags(words), mg.rows_of_flags(summary)
     host = () if host_keys is None else (host_keys, host_values)
     readers = readers if host else 0
 

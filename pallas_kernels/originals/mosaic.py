@@ -196,7 +196,7 @@ def scratch_of_originals(rows: tuple[int, int], parts: int, q) -> list:
     return _scratch(rows, -(-rows[0] * rows[1] * (2 - parts % 2) // parts), 2, *q.parts.shape[2:])
 
 
-def scratch_of_pieces(rows: tuple[int, int], summary: tuple[int], parts: int, columns: int, d: int) -> list:
+def scratch_of_pieces(rows: tuple[int, int], summary: tuple[int, int], parts: int, columns: int, d: int) -> list:
     """The same for `attend_promoted_pieces`."""
     listed = mg.most_listed(rows[0] * rows[1], parts) * pieces_of_a_tile(d)
     return [*_scratch(rows, listed, 3, columns, d), plgpu.SMEM(summary, jnp.int32)]
