@@ -98,7 +98,8 @@ def test_chain_returns_what_its_twins_return(d, name):
     cache, q = problem(d)
     policy = Policy.budget(block_size=128, **POLICIES[name])
     plan = cache.plan if name == "everything read" else 0 * cache.plan  # no values, which does not hold
-    for first in (True, False):  # the second goes by the plan that the first has made
+    # A second step goes by the plan that the first has made; twice, as Triton's interpreter takes its time.
+    for first in (True, False) if name in ("some read", "promoting") else (True,):
         plan = cache.plan.at[1].set(compare(q, cache.replace(plan=plan), policy, name, first))
 
 
