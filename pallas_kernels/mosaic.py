@@ -94,6 +94,16 @@ def sum_products(rows: int, products, interpret) -> jax.Array:
     return pl.run_scoped(add, plgpu.ACC((rows, products[0][1].shape[1]), jnp.float32))
 
 
+def add_coarse_values(acc, values, weights, interpret):
+    """To ROWS channels each of `acc`, a tile's values at their coarsest, in units of 16 where a value has 4."""
+    rows = acc[0].shape[0]
+
+    def product(j: int):
+        return sum_products(rows, weighted(fields(values[pl.ds(j * rows, rows)], 4), weights), interpret)
+
+    return tuple(part + product(j) for j, part in enumerate(acc))
+
+
 def _batched(shape: tuple[int, ...], dtype, transforms: tuple, slots: int | None) -> plgpu.SMEM:
     if slots is None:
         return plgpu.SMEM(shape, dtype, transforms=transforms)
@@ -142,13 +152,7 @@ def list_chosen(flags, chosen: Callable, order, split: jax.Array, splits: int) -
 
     def visit(i, count):
         tile = split + i * splits
-        taken = chosen(flag_of(flags, tile))
-
-        @pl.when(taken)
-        def _():
-            order[count] = tile
-
-        return count + jnp.where(taken, jnp.int32(1), jnp.int32(0))
+        return _put(order, tile, chosen(flag_of(flags, tile)), count)
 
     count = lax.fori_loop(0, (n - split + splits - 1) // splits, visit, jnp.int32(0))
     plgpu.commit_smem()  # every thread has written before any reads
@@ -160,13 +164,7 @@ def list_by_summary(flags, summary, here: Callable, chosen: Callable, order, spl
     whose number of `summary` is not `here`. No number is divided by `splits`, which a program may have to read."""
 
     def put(tile, count):
-        taken = chosen(flag_of(flags, tile))
-
-        @pl.when(taken)
-        def _():
-            order[count] = tile
-
-        return count + jnp.where(taken, jnp.int32(1), jnp.int32(0))
+        return _put(order, tile, chosen(flag_of(flags, tile)), count)
 
     return _list(flags, summary, here, put, split, splits)
 
@@ -184,16 +182,21 @@ def list_pieces(flags, summary, pieces: int, order, split: jax.Array, splits) ->
 
         def put_piece(piece, count):
             taken = lax.shift_right_logical(bits, piece) & 1 == 1
-
-            @pl.when(taken)
-            def _():
-                order[count] = tile * pieces + piece
-
-            return count + jnp.where(taken, jnp.int32(1), jnp.int32(0))
+            return _put(order, tile * pieces + piece, taken, count)
 
         return lax.fori_loop(0, jnp.where(bits > 0, pieces, 0), put_piece, count)
 
     return _list(flags, summary, lambda n: n % TILES_READ > 0, put, split, splits)
+
+
+def _put(order, item: jax.Array, taken: jax.Array, count: jax.Array) -> jax.Array:
+    """Put `item` behind the `count` that are there, where it is `taken`; how many there are then."""
+
+    @pl.when(taken)
+    def _():
+        order[count] = item
+
+    return count + jnp.where(taken, jnp.int32(1), jnp.int32(0))
 
 
 def _list(flags, summary, here: Callable, put: Callable, split: jax.Array, splits) -> jax.Array:

@@ -127,21 +127,21 @@ def choose(
         return jnp.where(at[WHOLE] < jnp.minimum(least, at[PROMOTED]), WHOLE, level)
 
     prices = jnp.asarray(np.exp2(-np.arange(PRICES) / STEPS), jnp.float32)
-    level = settled(prices[:, None, None])[..., None]  # [J, H, NT, 1]
-    left = sum(jnp.where(level == i, x, 0.0) for i, x in enumerate([*offers, left_over])).sum(2) + rounding  # [J, H, G]
-    by_row = left.reshape(PRICES, batch, -1)
 
-    def over_row(x):  # [..., n] -> [...]
+    def over_row(x):  # [..., H, G] -> [..., b]
+        x = x.reshape(*x.shape[:-2], batch, -1)
         return jnp.square(x).mean(-1) if policy.pooled else x.max(-1)
 
+    def estimate(level):  # [..., H, NT] -> [..., b], of the bound
+        left = (jnp.where(level[..., None] == i, x, 0.0) for i, x in enumerate([*offers, left_over]))
+        return over_row(sum(left).sum(-2) + rounding)
+
     # How much of what is estimated the bound comes to, by the plan before.
-    now = lv.level_of(layer.words[:, : sums.a.shape[1]])
-    now = jnp.where(lv.level_of_rest(layer.words, layer.keys.shape[-1])[:, : now.shape[1]] == PROMOTED, WHOLE, now)
-    estimate = sum(jnp.where(now[..., None] == i, x, 0.0) for i, x in enumerate([*offers, left_over])).sum(1) + rounding
-    came_to = over_row((judged.e_total[:, :group] / room).reshape(batch, -1))
-    share = came_to / over_row(estimate.reshape(batch, -1))
-    share = jnp.where(jnp.isfinite(share), jnp.clip(share, LEAST, 1.0), 1.0)
-    worst = over_row(by_row) * share  # [J, b]
+    words = layer.words[:, : sums.a.shape[1]]
+    now = jnp.where(lv.level_of_rest(words, layer.keys.shape[-1]) == PROMOTED, WHOLE, lv.level_of(words))
+    of_estimate = over_row(judged.e_total[:, :group] / room) / estimate(now)
+    of_estimate = jnp.where(jnp.isfinite(of_estimate), jnp.clip(of_estimate, LEAST, 1.0), 1.0)
+    worst = estimate(settled(prices[:, None, None])) * of_estimate  # [J, b]
     dearer = (~(worst <= 1)).sum(0)  # what is left falls with the price: the first that fits comes after these
     heads = layer.active.shape[0] // batch
     price = jnp.repeat(jnp.exp2(-dearer.astype(jnp.float32) / STEPS), heads)[:, None]

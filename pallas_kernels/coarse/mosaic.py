@@ -13,12 +13,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic as mg
 from pallas_kernels.levels import COARSE, N_COARSE, TILE, level_of
+from pallas_kernels.originals.mosaic import ROWS, store_parts
 
 AHEAD = 3
 """Tiles of values on their way into shared memory."""
-
-ROWS = 64
-"""Channels that are multiplied at once."""
 
 
 def attend_coarse(layer, words, counts, weights, values, *, splits: int, interpret=False):
@@ -50,20 +48,13 @@ def attend_coarse(layer, words, counts, weights, values, *, splits: int, interpr
                 slot = i % AHEAD
                 plgpu.barrier_wait(ready.at[slot])
 
-                def product(j):
-                    codes = mg.fields(v[slot, pl.ds(j * ROWS, ROWS)], 4)
-                    return mg.sum_products(ROWS, mg.weighted(codes, w.at[slot]), interpret)
-
-                acc = tuple(part + product(j) for j, part in enumerate(acc))
+                acc = mg.add_coarse_values(acc, v.at[slot], w.at[slot], interpret)
                 plgpu.commit_smem()  # a barrier: no warp is at the tile any more
                 fetch(i + AHEAD)
                 return acc
 
             acc = lax.fori_loop(0, count, visit, (jnp.zeros((ROWS, columns), f32),) * (d // ROWS))
-            for j, part in enumerate(acc):
-                out[pl.ds(j * ROWS, ROWS)] = part * 0.25  # codes came in units of 16; a value has 4
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out, acc_ref.at[h, split])
+            store_parts([part * 0.25 for part in acc], out, acc_ref.at[h, split])
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(counts_ref[h, N_COARSE] > 0)

@@ -24,61 +24,8 @@ from pallas_kernels.levels import (
     tokens_of_a_piece,
 )
 from pallas_kernels.mosaic import SUMS
-from pallas_kernels.originals.mosaic import attend_promoted_pieces, scratch_of_pieces
+from pallas_kernels.originals.mosaic import ROWS, attend_promoted_pieces, scratch_of_pieces
 from pallas_kernels.query import HALF_FINE, LOW_UNIT, PARTS, SHIFT, UNIT, together
-
-ROWS = 64
-"""Tokens, or channels, that are looked at at once: what a whole tile takes of registers would leave room for fewer
-programs."""
-
-
-def fine_programs(layer, words, summary, counts_ref, words_ref, summary_ref, q_refs, tier1_refs, host_refs, out_refs, *,
-                  splits: int, readers: int, interpret):  # fmt: skip
-    """What programs 0 to `readers + splits` of a head do: the first ones read from the host, while they wait for which
-    the others are at work. A kernel calls it with `(h, program)`. Of as many tiles as there are only so many programs
-    are at work (`levels.at_work`); the others return at once and store nothing.
-
-    Parameters
-    ----------
-    words, summary
-        Arrays, whose shapes say how much memory is needed; both are `mosaic.rows_of_flags`.
-    q_refs
-        Of `query.Operands`.
-    tier1_refs
-        Of `attend_fine`'s keys to nu.
-    host_refs
-        Of original keys and values; none where there are no `readers`.
-    out_refs
-        Of `attend_fine`'s results.
-    """
-    q_ref, wide_ref, numbers_ref = q_refs
-    acc_ref, stats_ref, *found_refs = out_refs
-    columns, d = q_ref.shape[2:]
-    rows, chunks = words.shape[1:], summary.shape[1:]
-
-    def run(h, program):
-        n_promoted, n_finest = counts_ref[h, N_PROMOTED], counts_ref[h, N_FINEST]
-        refining, reading = at_work(n_finest + n_promoted, splits), at_work(n_promoted, readers)
-
-        @pl.when((program >= readers) & (program - readers < refining))
-        def _():
-            refine = _refine(
-                h, program - readers, layer, words_ref, summary_ref, q_refs, tier1_refs, acc_ref, stats_ref, refining,
-                interpret,
-            )  # fmt: skip
-            pl.run_scoped(refine, *_scratch(rows, chunks, splits, columns, d))
-
-        if readers:
-
-            @pl.when(program < reading)
-            def _():
-                read = attend_promoted_pieces(
-                    h, program, layer, words_ref, summary_ref, wide_ref, numbers_ref, host_refs, found_refs, reading,
-                    interpret=interpret,
-                )  # fmt: skip
-                pl.run_scoped(read, *scratch_of_pieces(rows, chunks, readers, columns, d))
-
-    return run
 
 
 def _refine(h, split, layer, words_ref, summary_ref, q_refs, tier1_refs, acc_ref, stats_ref, splits, interpret):
@@ -195,31 +142,48 @@ def _scratch(rows: tuple[int, int], chunks: tuple[int, int], splits: int, column
     ]
 
 
-def results_of(heads: int, n_tiles: int, columns: int, d: int, splits: int, readers: int) -> list:
-    """Shapes of what `fine_programs` store."""
-    shapes = [(heads, splits, d, columns), (heads, n_tiles, SUMS, columns)]
-    if readers:
-        shapes += [(heads, readers, d, columns), (heads, readers, 4, columns)]
-    return [jax.ShapeDtypeStruct(x, jnp.float32) for x in shapes]
-
-
 def attend_fine(layer, words, counts, summary, q, keys, keys_low, key_scale, values, values_low, value_scale, nu,
                 host_keys, host_values, *, splits: int, readers: int, interpret=False):  # fmt: skip
+    """Programs 0 to `readers` of a head read from the host; the others are at work while they wait for the bus. Of as
+    many tiles as there are only so many programs are at work (`levels.at_work`); the rest returns at once and stores
+    nothing."""
     heads, n, d = keys.shape[1:]
     words, summary = mg.rows_of_flags(words), mg.rows_of_flags(summary)
+    columns, rows, chunks = q.parts.shape[2], words.shape[1:], summary.shape[1:]
     host = () if host_keys is None else (host_keys, host_values)
     readers = readers if host else 0
+    results = [(heads, splits, d, columns), (heads, n // TILE, SUMS, columns)]
+    if readers:
+        results += [(heads, readers, d, columns), (heads, readers, 4, columns)]
 
     def kernel(layer_ref, words_ref, counts_ref, summary_ref, *refs):
-        run = fine_programs(
-            layer_ref[0], words, summary, counts_ref, words_ref, summary_ref, refs[:3], refs[3:10],
-            refs[10 : 10 + len(host)], refs[10 + len(host) :], splits=splits, readers=readers, interpret=interpret,
-        )  # fmt: skip
-        run(lax.axis_index("h"), lax.axis_index("s"))
+        q_refs, tier1_refs, host_refs = refs[:3], refs[3:10], refs[10 : 10 + len(host)]
+        acc_ref, stats_ref, *found_refs = refs[10 + len(host) :]
+        h, program, layer = lax.axis_index("h"), lax.axis_index("s"), layer_ref[0]
+        n_promoted, n_finest = counts_ref[h, N_PROMOTED], counts_ref[h, N_FINEST]
+        refining, reading = at_work(n_finest + n_promoted, splits), at_work(n_promoted, readers)
+
+        @pl.when((program >= readers) & (program - readers < refining))
+        def _():
+            refine = _refine(
+                h, program - readers, layer, words_ref, summary_ref, q_refs, tier1_refs, acc_ref, stats_ref, refining,
+                interpret,
+            )  # fmt: skip
+            pl.run_scoped(refine, *_scratch(rows, chunks, splits, columns, d))
+
+        if readers:
+
+            @pl.when(program < reading)
+            def _():
+                read = attend_promoted_pieces(
+                    h, program, layer, words_ref, summary_ref, *q_refs[1:], host_refs, found_refs, reading,
+                    interpret=interpret,
+                )  # fmt: skip
+                pl.run_scoped(read, *scratch_of_pieces(rows, chunks, readers, columns, d))
 
     run = plgpu.kernel(
         kernel,
-        out_type=results_of(heads, n // TILE, q.parts.shape[2], d, splits, readers),
+        out_type=[jax.ShapeDtypeStruct(x, jnp.float32) for x in results],
         grid=(heads, readers + splits),
         grid_names=("h", "s"),
         kernel_name="attend_fine",

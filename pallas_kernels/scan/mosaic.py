@@ -16,18 +16,17 @@ from pallas_kernels import mosaic as mg
 from pallas_kernels.levels import COARSE, TILE, level_of
 from pallas_kernels.mosaic import SUMS
 from pallas_kernels.originals.mosaic import (
+    ROWS,
     attend_original_tile,
     load_exact_queries,
     nothing,
+    store_parts,
     store_result,
 )
 from pallas_kernels.query import HALF, PARTS, SHIFT, SHIFT_EXACT, UNIT, UNIT_EXACT
 
 STAGES = 2
 """Tiles on their way into shared memory."""
-
-ROWS = 64
-"""Channels that are multiplied at once."""
 
 
 def scan_tiles(
@@ -97,13 +96,9 @@ def scan_tiles(
                 plgpu.copy_smem_to_gmem(weights.at[parity], weights_ref.at[h, tile])
                 fetch(i + STAGES)
 
-                def product(j):
-                    codes = mg.fields(v[slot, pl.ds(j * ROWS, ROWS)], 4)
-                    return mg.sum_products(ROWS, mg.weighted(codes, weights.at[parity]), interpret)
-
                 def with_values(*acc):
                     plgpu.barrier_wait(values_ready.at[slot])
-                    acc = tuple(part + product(j) for j, part in enumerate(acc))
+                    acc = mg.add_coarse_values(acc, v.at[slot], weights.at[parity], interpret)
                     plgpu.commit_smem()  # a barrier: nor at its values
                     return acc
 
@@ -112,10 +107,7 @@ def scan_tiles(
                 return acc
 
             acc = lax.fori_loop(0, count, visit, (jnp.zeros((ROWS, columns), f32),) * (d // ROWS))
-            for j, part in enumerate(acc):
-                out[pl.ds(j * ROWS, ROWS)] = part * 0.25  # codes came in units of 16; a value has 4
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out, values_ref.at[h, split])
+            store_parts([part * 0.25 for part in acc], out, values_ref.at[h, split])
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(split < splits)
@@ -191,4 +183,3 @@ def scan_tiles(
     return run(
         layer, meta, words, q.parts, q.wide, q.numbers, keys, key_scale, values, value_scale, nu, live, *windows
     )
-
