@@ -56,7 +56,7 @@ def main() -> None:
             return jax.lax.scan(visit, q, jnp.arange(LAYERS))
 
         text = jax.jit(step).trace(*h100.on_device((q, cache), device)).lower().compile().as_text()
-        (body,) = set(re.findall(r"body=%?([\w.\-]+)", text))
+        (body,) = re.findall(r"body=%?([\w.\-]+)", text[re.search("^ENTRY", text, re.M).start() :])
         in_loop, before = (kernels_of(text, start) for start in (f"%{body} ", "ENTRY"))
         print(f"{name}: {len(in_loop)} a layer, {len(before) - 1} a step beside")
         print("  ", dict(collections.Counter(kind for *_, kind in in_loop)))

@@ -7,6 +7,7 @@ because the `G` query heads of a group share keys, values and page-ins.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -90,22 +91,37 @@ def common_to_layers(
 
 
 def certified_layer(
-    q: jax.Array, cache: TieredKVCache, layer: jax.Array, policy: Policy, common: Shared | None = None
+    q: jax.Array,
+    cache: TieredKVCache,
+    layer: jax.Array,
+    policy: Policy,
+    common: Shared | None = None,
+    project: Callable[[jax.Array], jax.Array] = lambda out: out,
+    again: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, Certificate, jax.Array | None]:
     """`certified_attention` for layer `layer` of a stacked cache, as a decode loop calls it, with what is
     `common_to_layers`; and what `cache.plan` is to have for the layer at the next step, where it is to change.
+
+    `project`: what is done next with the output, `[batch, Hq, d]` float32, and is returned in its place. While kernels
+    find out whether a candidate's bound holds, it is projected. `again(projected, out, revised)` keeps that, or
+    projects what has taken its place, where `revised` `[batch Hkv]` int32 has anything but 0.
 
     Fused kernels read the stack in place and take `cache.sound` for the outcome of the fingerprints, which `scrub`
     checks once a step for all layers.
     """
     backend = pick_backend(policy, cache, q.shape[1])
     if backend not in FUSED:
-        return (*certified_attention(q, cache.at(layer), policy), None)
+        out, certificate = certified_attention(q, cache.at(layer), policy)
+        return project(out), certificate, None
     cache.require_tier2()
     groups = _grouped(q, cache)
     attend = _fused(policy, backend, groups)
-    out, certificate, plan = attend(groups, cache, layer, sound=cache.sound, common=common)
-    return _flat(out), _flat_record(certificate), plan
+    if again is not None and attend.func is chained_attention:
+        attend = functools.partial(attend, again=lambda y, out, revised: again(y, _flat(out), revised))
+    out, certificate, plan = attend(
+        groups, cache, layer, sound=cache.sound, common=common, project=lambda out: project(_flat(out))
+    )
+    return out, _flat_record(certificate), plan
 
 
 def _fused(policy: Policy, backend: str, groups: jax.Array):

@@ -75,10 +75,10 @@ def _run(config: LlamaConfig, params: Any, tokens: jax.Array):
     if start:
         cache, _ = prefill(config, params, cache, tokens[:, :start], length - CHUNK, chunk=CHUNK)
 
-    def attend(q, k, v, cache, layer):
+    def attend(q, k, v, cache, layer, project):
         cache = cache.write(k, v, layer, start)
         out = prefill_attention(q, cache.keys, cache.values, layer, jnp.int32(start), length)
-        return out, cache, q.astype(jnp.float32)
+        return project(out), cache, q.astype(jnp.float32)
 
     positions = start + lax.broadcasted_iota(jnp.int32, (1, CHUNK), 1)
     _, cache, q = forward(config, params, tokens[:, start:], positions, cache, attend)

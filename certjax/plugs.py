@@ -1,8 +1,9 @@
 """The attention a model decodes with: dense, naive or certified, behind one signature.
 
-A plug is `attend(q, k, v, cache, layer) -> (out, cache, record)`: it stores the token's key and value at
-`layer` of a stacked cache and attends to everything stored. `q`: [b, 1, Hq, d]; `k`, `v`: [b, 1, Hkv, d]. It is made
-for one step; its record is None, or `Certificate.packed` and what the layer's part of `cache.plan` is to be (or None).
+A plug is `attend(q, k, v, cache, layer, project) -> (project(out), cache, record)`: it stores the token's key and value
+at `layer` of a stacked cache and attends to everything stored. `q`, `out`: [b, 1, Hq, d]; `k`, `v`: [b, 1, Hkv, d]. It
+is made for one step; its record is None, or `Certificate.packed` and what the layer's part of `cache.plan` is to be (or
+None).
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from certjax.dense_cache import DenseKVCache
 from certjax.errors import InvalidArgumentError
 from certjax.fused.append import append
 from certjax.fused.operands import Shared
+from certjax.fused.project import projections
 from certjax.policy import Policy
 from pallas_kernels.dense.reference import dense_reference
 
 Mode = Literal["dense", "naive", "certified"]
 MODES: tuple[str, ...] = ("dense", "naive", "certified")
-Plug = Callable[[jax.Array, jax.Array, jax.Array, Any, jax.Array], tuple[jax.Array, Any, Any]]
+Plug = Callable[[jax.Array, jax.Array, jax.Array, Any, jax.Array, Callable], tuple[jax.Array, Any, Any]]
 
 
 def make_plug(mode: Mode, policy: Policy, cache: DenseKVCache | TieredKVCache, n_query_heads: int) -> Plug:
@@ -57,20 +59,22 @@ def make_cache(mode: Mode, policy: Policy, prefilled: DenseKVCache) -> DenseKVCa
     return cache.replace(host_keys=None, host_values=None) if mode == "naive" else cache
 
 
-def _dense(q, k, v, cache: DenseKVCache, layer):
+def _dense(q, k, v, cache: DenseKVCache, layer, project):
     b, _, n_heads, d = q.shape
     cache = cache.write(k, v, layer, cache.length)
     grouped = q[:, 0].astype(jnp.float32).reshape(b, k.shape[2], -1, d)
     out = dense_reference(grouped, cache.keys, cache.values, cache.length + 1, layer)
-    return out.reshape(b, 1, n_heads, d), cache, None
+    return project(out.reshape(b, 1, n_heads, d)), cache, None
 
 
-def _naive(q, k, v, cache: TieredKVCache, layer, *, policy: Policy, common: Shared | None):
+def _naive(q, k, v, cache: TieredKVCache, layer, project, *, policy: Policy, common: Shared | None):
     cache = append(cache, k[:, 0], v[:, 0], layer, policy, q.shape[2])
-    return naive_layer(q[:, 0], cache.counting(), layer, policy, common)[:, None], cache, None
+    out = naive_layer(q[:, 0], cache.counting(), layer, policy, common)
+    return project(out[:, None]), cache, None
 
 
-def _certified(q, k, v, cache: TieredKVCache, layer, *, policy: Policy, common: Shared | None):
+def _certified(q, k, v, cache: TieredKVCache, layer, project, *, policy: Policy, common: Shared | None):
     cache = append(cache, k[:, 0], v[:, 0], layer, policy, q.shape[2])
-    out, certificate, plan = certified_layer(q[:, 0], cache.counting(), layer, policy, common)
-    return out[:, None], cache, (certificate.packed(), plan)
+    projects = projections(project, project.weights, cache, layer, policy, q.shape[2])
+    out, certificate, plan = certified_layer(q[:, 0], cache.counting(), layer, policy, common, *projects)
+    return out, cache, (certificate.packed(), plan)

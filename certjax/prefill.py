@@ -77,9 +77,9 @@ def prefill(
     return cache.replace(length=lengths.astype(jnp.int32)), unembed(config, params, last)
 
 
-def _attend(q, k, v, cache: DenseKVCache, layer, *, start, lengths):
+def _attend(q, k, v, cache: DenseKVCache, layer, project, *, start, lengths):
     cache = cache.write(k, v, layer, start)
-    return prefill_attention(q, cache.keys, cache.values, layer, start, lengths), cache, None
+    return project(prefill_attention(q, cache.keys, cache.values, layer, start, lengths)), cache, None
 
 
 def prefill_attention(

@@ -30,9 +30,9 @@ PROCESSORS = 132
 WINDOWS = 3
 """Tiles of the windows, at the default sizes, each of which has a program of its own in the scan."""
 
-READERS, READERS_BESIDE = 32, 8
+READERS, READERS_BESIDE, REFINERS_BESIDE = 32, 8, 33
 """Programs of a head that may read from the host: many, so that few pieces share one; or few, which leave the scan
-beside them the processors' memory."""
+beside them the processors' memory; and of those that read tiles at their finest beside it."""
 
 
 def reference_kernels(splits: int = 4) -> Kernels:
@@ -63,16 +63,17 @@ def mosaic_kernels(n_heads: int) -> Kernels:
     # Beside the scan there is room for a program of `fine_beside` on a fifth of the processors; those of both that find
     # nothing to do return at once.
     scan, coarse, fine = programs(2.8, WINDOWS), programs(4), programs(2)
+    beside = min(fine, REFINERS_BESIDE)
     originals = programs(2) // 2 * 2 or 1  # even: two share a tile
     return Kernels(
         "mosaic_gpu",
         scan=functools.partial(scan_tiles, splits=scan),
         coarse=functools.partial(attend_coarse, splits=coarse),
         fine=functools.partial(attend_fine, splits=fine, readers=READERS),
-        fine_beside=functools.partial(attend_fine, splits=fine, readers=READERS_BESIDE),
+        fine_beside=functools.partial(attend_fine, splits=beside, readers=READERS_BESIDE),
         originals=functools.partial(attend_originals, splits=originals),
         splits=max(scan, coarse) + fine,
-        fewest=min(scan, coarse, fine),
+        fewest=min(scan, coarse, beside),
         fewest_dense=originals,
         chained=importlib.util.find_spec("triton") is not None,
     )

@@ -21,7 +21,7 @@ CAPABILITY = 90
 TARGET = "__gpu$xla.gpu.triton"
 """XLA's name for a call of a kernel in Triton's intermediate language."""
 
-TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "int32": "*i32", "int8": "*i8"}
+TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "int32": "*i32", "int8": "*i8", "bool": "*i1"}
 
 
 ONE_AT_A_TIME = threading.Lock()

@@ -8,20 +8,27 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-SKIP, COARSE, FINEST, PROMOTED = range(4)
-"""Values left to the centre; values at their coarsest, with the scan's weights; keys and values at their finest;
-originals of some pieces, the rest at its finest."""
+SKIP, COARSE, VALUES, FINEST, PROMOTED = range(5)
+"""Values left to the centre; values at their coarsest, or at their finest, with the scan's weights; keys and values at
+their finest; originals of some pieces, the rest at its finest."""
+
+FINEST_BYTES, ORIGINAL_BYTES = 2.3, 4.0
+"""Of a key's and a value's channel, with scales."""
+
+FEES = 0.0, 0.64 / FINEST_BYTES, 0.89 / FINEST_BYTES, 1.0
+"""Of a tile at each level but the last, in tiles read at their finest: what a second pass reads from the device, the
+scan's weights included."""
 
 TILE = 128
 
 PIECE_BYTES = 4096
 """Of a piece's keys, and of its values, in bfloat16: what is read from the host at once."""
 
-ACTIVE, N_COARSE, N_FINEST, N_PROMOTED, GIVE_UP = range(5)
-"""Columns of a head's `counts`: tiles read from tier 1; of them at level 1, at 2, at 3; whether the head goes dense at
+ACTIVE, N_COARSE, N_VALUES, N_FINEST, N_PROMOTED, GIVE_UP = range(6)
+"""Columns of a head's `counts`: tiles read from tier 1; of them at each level but SKIP; whether the head goes dense at
 once."""
 
-COUNTS = 5
+COUNTS = 6
 
 CHUNK = 128
 """Tiles whose sums the kernels hand each other."""
@@ -70,6 +77,11 @@ def sane(words):
     return jnp.where(level == PROMOTED, word(level, pieces_of(words)), level)
 
 
+def by_scan(level):
+    """Whether a tile's values are read with the scan's weights."""
+    return (level == COARSE) | (level == VALUES)
+
+
 def level_of_rest(words, d: int):
     """The level at which what is not promoted is read: PROMOTED where nothing is left."""
     rest = jnp.where(pieces_of(words) == every_piece(d), PROMOTED, FINEST)
@@ -93,7 +105,7 @@ def at_work(tiles, programs: int):
 
 def counts_of(words, active, give_up):
     """`[H, COUNTS]` int32 of words and active tiles `[H, NT]`, and of `give_up` `[H]`."""
-    of_level = [(level_of(words) == i).sum(1) for i in (COARSE, FINEST, PROMOTED)]
+    of_level = [(level_of(words) == i).sum(1) for i in (COARSE, VALUES, FINEST, PROMOTED)]
     return jnp.stack([active.sum(1), *of_level, give_up], 1).astype(jnp.int32)
 
 

@@ -94,14 +94,15 @@ def sum_products(rows: int, products, interpret) -> jax.Array:
     return pl.run_scoped(add, plgpu.ACC((rows, products[0][1].shape[1]), jnp.float32))
 
 
-def add_coarse_values(acc, values, weights, interpret):
-    """To ROWS channels each of `acc`, a tile's values at their coarsest, in units of 16 where a value has 4."""
+def add_values(acc, plane, width: int, unit: float, weights, interpret):
+    """To ROWS channels each of `acc`, a tile's values by one of their planes, whose codes come times
+    `2^(8 - width) unit`."""
     rows = acc[0].shape[0]
 
     def product(j: int):
-        return sum_products(rows, weighted(fields(values[pl.ds(j * rows, rows)], 4), weights), interpret)
+        return sum_products(rows, weighted(fields(plane[pl.ds(j * rows, rows)], width), weights), interpret)
 
-    return tuple(part + product(j) for j, part in enumerate(acc))
+    return tuple(part + product(j) * unit for j, part in enumerate(acc))
 
 
 def _batched(shape: tuple[int, ...], dtype, transforms: tuple, slots: int | None) -> plgpu.SMEM:

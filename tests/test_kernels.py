@@ -51,14 +51,15 @@ def calls(d: int):
     _, x, q, _ = operands(d)
     chosen = (jax.random.uniform(jax.random.key(1), x.active.shape) < 0.6) & x.active
     flags = chosen.astype(jnp.int32)
-    levels = flags * jax.random.randint(jax.random.key(2), flags.shape, 1, 4)
+    levels = flags * jax.random.randint(jax.random.key(2), flags.shape, 1, lv.PROMOTED + 1)
     some = jnp.array([1, 8, 6, lv.every_piece(d) - 2, lv.every_piece(d)])
     pieces = jax.random.choice(jax.random.key(3), some, flags.shape)
     words = lv.word(levels, jnp.where(levels == lv.PROMOTED, pieces, 0)).astype(jnp.int32)
     counts = lv.counts_of(words, x.active, jnp.zeros(len(words), bool))
     summary = lv.summary_of(words, d)
     scan = (
-        x.index, x.meta, words, q.kernel, x.keys, x.key_scale, x.values, x.value_scale, x.nu, x.live, x.windows,
+        x.index, x.meta, words, q.kernel, x.keys, x.key_scale, x.values, x.values_low, x.value_scale, x.nu, x.live,
+        x.windows,
     )  # fmt: skip
     weights = dispatch.reference_kernels().scan(*scan)[1]
     fine = (
@@ -67,7 +68,7 @@ def calls(d: int):
     )  # fmt: skip
     return {
         "scan": scan,
-        "coarse": (x.index, words, counts, weights, x.values),
+        "coarse": (x.index, words, counts, weights, x.values, x.values_low),
         "fine": fine,
         "fine_beside": fine,
         "originals": (x.index, x.meta, flags, flags.max(1), q.kernel, x.host_keys, x.host_values),
@@ -142,17 +143,21 @@ def test_second_pass_sums_values_at_their_level(d):
     kernels = dispatch.reference_kernels(3)
     coarse = kernels.coarse(*arguments["coarse"])
     fine, stats, host, host_sums = kernels.fine(*arguments["fine"])
-    assert coarse.shape[1] == fine.shape[1] == 3 and {1, 2, 3} <= set(lv.level_of(words).ravel())
+    assert coarse.shape[1] == fine.shape[1] == 3 and set(range(5)) <= set(lv.level_of(words).ravel())
     codes = jax.tree.map(lambda a: a[1], cache.codes)
     level, group = np.repeat(lv.level_of(words), 128, axis=1)[..., None], GROUPS[d]
     original = np.repeat(np.asarray(lv.promoted_pieces(words, d)), lv.tokens_of_a_piece(d), axis=2).reshape(B * H, N, 1)
-    assert 0 < original.sum() < (level == 3).sum()
-    for got, plane, less, read in ((coarse, 0, 2.0, level == 1), (fine, 1, 2.5, (level >= 2) & ~original)):
-        w = expected_weights(d, plane, q, x, cache, plain) * read
-        want = np.einsum("hnc,hnd->hdc", w, f64(cache.codec.values(codes, plane)).reshape(B * H, N, d))
-        offset = less * (w * f64(x.value_scale[1])[..., None]).sum(1)[:, None]
-        got = f64(got.sum(1))[..., :group] + offset
-        np.testing.assert_allclose(got, want, rtol=0, atol=1e-3 * np.abs(want).max())
+    assert 0 < original.sum() < (level == lv.PROMOTED).sum()
+    scales = f64(x.value_scale[1])[..., None]
+    finely = (1, 1, 2.5, (level >= lv.FINEST) & ~original)
+    by_scan = (0, 0, 2.0, level == lv.COARSE), (0, 1, 2.5, level == lv.VALUES)  # planes of keys and values, offset
+    for got, parts in ((coarse, by_scan), (fine, (finely,))):
+        want = offset = 0.0
+        for keys, values, less, read in parts:
+            w = expected_weights(d, keys, q, x, cache, plain) * read
+            want += np.einsum("hnc,hnd->hdc", w, f64(cache.codec.values(codes, values)).reshape(B * H, N, d))
+            offset += less * (w * scales).sum(1)[:, None]
+        np.testing.assert_allclose(f64(got.sum(1))[..., :group] + offset, want, rtol=0, atol=1e-3 * np.abs(want).max())
     w = w.reshape(B * H, -1, 128, group).sum(2)
     np.testing.assert_allclose(stats[:, :, 0, :group], w, rtol=2e-5, atol=1e-6 * w.max())
     k, v = (f64(a[1]).reshape(B * H, N, d) for a in (x.host_keys, x.host_values))
@@ -279,13 +284,13 @@ def check_against_twin(d, name, kernel):
             found = stats[active], qr.folded(halves)[active], coarse, qr.folded(acc), sums
             return [np.asarray(x) for x in found]
         if name == "coarse":
-            some = (lv.level_of(words) == lv.COARSE).any(1)
+            some = lv.by_scan(lv.level_of(words)).any(1)
             return [np.asarray(qr.folded(result.sum(1)))[some]]
         if name in ("fine", "fine_beside"):
             acc, stats, *host = result
             level = np.asarray(lv.level_of_rest(words, d))
             acc, host = working(words, acc, host)
-            return [np.asarray(qr.folded(acc.sum(1))), np.asarray(stats)[level == 2], ops_joined(*host)]
+            return [np.asarray(qr.folded(acc.sum(1))), np.asarray(stats)[level == lv.FINEST], ops_joined(*host)]
         return [ops_joined(*result)]
 
     got, want = map(meaningful, results)

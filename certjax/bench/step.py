@@ -50,11 +50,11 @@ def tiered_cache(
 ) -> TieredKVCache:
     """Every layer holds the workload, made around the queries that the model has there for token 0 at position n."""
 
-    def attend(q, k, v, cache, layer):
+    def attend(q, k, v, cache, layer, project):
         grouped = q[:, 0].reshape(batch, config.n_kv_heads, -1, config.head_dim)
         k, v = workloads.around(kind, jax.random.fold_in(key, layer), grouped, n, jnp.dtype(config.kv_dtype))
         out = dense(q[:, 0], k.swapaxes(1, 2), v.swapaxes(1, 2), implementation="xla")
-        return out, cache, (k, v)
+        return project(out), cache, (k, v)
 
     tokens = jnp.zeros((batch, 1), jnp.int32)
     _, _, (k, v) = forward(config, params, tokens, jnp.full_like(tokens, n), None, attend)
@@ -69,8 +69,8 @@ def dense_cache(config: LlamaConfig, n: int, batch: int) -> DenseKVCache:
     return empty.advance(n)
 
 
-def _nothing(q, k, v, cache, layer):
-    return q, cache, None
+def _nothing(q, k, v, cache, layer, project):
+    return project(q), cache, None
 
 
 @functools.partial(jitted, static_argnames=("config", "mode", "policy", "steps"), donate_argnames=("cache",))

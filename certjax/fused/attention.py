@@ -29,6 +29,13 @@ from pallas_kernels.levels import FINEST, PROMOTED
 from pallas_kernels.originals.reference import LOWEST
 from pallas_kernels.query import distinct, folded
 
+Project = Callable[[jax.Array], jax.Array]
+
+
+def as_it_is(out: jax.Array) -> jax.Array:
+    """The output, projected to nothing else."""
+    return out
+
 
 def fused_attention(
     q: jax.Array,
@@ -38,8 +45,9 @@ def fused_attention(
     kernels: Kernels,
     sound: jax.Array,
     common: ops.Shared | None = None,
+    project: Project = as_it_is,
 ) -> tuple[jax.Array, Certificate, jax.Array | None]:
-    """As `certified_attention`, for one layer of a stacked cache; and the plan for the next step, `[b, Hkv, NB]`
+    """As `certified_layer`, for one layer of a stacked cache; and the plan for the next step, `[b, Hkv, NB]`
     (`cache.plan`), where the policy has a tolerance.
 
     Parameters
@@ -54,20 +62,24 @@ def fused_attention(
         Outcome of the preconditions; a row that is not sound goes dense.
     common
         `shared(cache)`, where it has been computed for all layers.
+    project
+        What is returned in the output's place, `[b, Hkv, G, d]`.
     """
     step = _Step(q, cache, layer, policy, kernels, common)
     scan = step.scan()
     plan = step.plan()
     if policy.tolerance is None:
         first = step.attempt(scan, plan, scan.coarse, step.fine(kernels.fine, plan))
-        return (*step.finish(first, None, sound), None)
+        out, certificate = step.finish(first, None, sound)
+        return project(out), certificate, None
     first = step.attempt(scan, plan, scan.coarse, step.fine(kernels.fine_beside, plan))
     fresh = step.fresh(scan, first.judged)
     again = step.again(first.judged)
     second = step.attempt(scan, fresh, step.values_at_coarse(scan, fresh), step.fine(kernels.fine, fresh))
     second = second.replace(passed=second.passed & first.passed)
     words = held(plan.words, fresh, again | step.by_head(due(cache.length, layer)), step.layer.active)
-    return (*step.finish(first, (again, second), sound), words.reshape(cache.plan.shape[1:]))
+    out, certificate = step.finish(first, (again, second), sound)
+    return project(out), certificate, words.reshape(cache.plan.shape[1:])
 
 
 def fused_naive(
@@ -88,7 +100,7 @@ def fused_naive(
 class _Scan(NamedTuple):
     sums: bd.TileSums
     weights: jax.Array  # [H, NT, C, 128] bfloat16
-    coarse: jax.Array  # [H, d, G], of tiles that the plan has at their coarsest
+    coarse: jax.Array  # [H, d, G], of tiles whose values the plan reads with these weights
     windows: bd.Exact
 
 
@@ -121,8 +133,9 @@ class _Step:
         x, q = self.layer, self.queries
         meta = x.meta.at[:, 1].set(x.meta[:, 0]) if only_windows else x.meta
         stats, weights, coarse, acc, window_sums = self.kernels.scan(
-            x.index, meta, x.words, q.kernel, x.keys, x.key_scale, x.values, x.value_scale, x.nu, x.live, x.windows
-        )
+            x.index, meta, x.words, q.kernel, x.keys, x.key_scale, x.values, x.values_low, x.value_scale, x.nu, x.live,
+            x.windows,
+        )  # fmt: skip
         sums = bd.tile_sums(jnp.where(x.active[..., None, None], stats, 0.0), x)
         windows = bd.exact_of(folded(acc), distinct(window_sums, 3))
         return _Scan(sums, weights, folded(coarse.sum(1)), windows)
@@ -150,10 +163,12 @@ class _Step:
         return jnp.repeat(rows, self.n_heads)
 
     def values_at_coarse(self, scan: _Scan, plan: Plan) -> jax.Array:
-        """Of tiles that a plan made after the scan has at their coarsest: [H, d, G]."""
+        """Of tiles whose values a plan made after the scan reads with its weights: [H, d, G]."""
         counts = plan.counts
-        found = self.kernels.coarse(self.layer.index, plan.words, counts, scan.weights, self.layer.values)
-        return jnp.where(counts[:, lv.N_COARSE, None, None] > 0, folded(found.sum(1)), 0.0)
+        x = self.layer
+        found = self.kernels.coarse(x.index, plan.words, counts, scan.weights, x.values, x.values_low)
+        some = counts[:, lv.N_COARSE] + counts[:, lv.N_VALUES] > 0
+        return jnp.where(some[:, None, None], folded(found.sum(1)), 0.0)
 
     def fine(self, kernel: Callable, plan: Plan) -> list[jax.Array]:
         """What the kernel finds of what a plan asks for at its finest and, where it has a tolerance, from the host."""

@@ -26,7 +26,7 @@ from certjax.fused.operands import (
     turning_back,
 )
 from pallas_kernels import numerics as num
-from pallas_kernels.levels import COARSE, FINEST, PROMOTED, SKIP
+from pallas_kernels.levels import COARSE, FINEST, PROMOTED, SKIP, VALUES
 
 FLUSHED = TILE**0.5 * 2.0**-63
 """Norm of the weights of a tile whose squares may have been flushed to zero."""
@@ -63,13 +63,14 @@ def tile_sums(stats: jax.Array, layer: Layer) -> TileSums:
     )
 
 
-def by_level(level: jax.Array, skip, coarse, fine):
-    """Trees with leaves `[H, NT, G]` (or scalars), joined. `level`: [H, NT]; what is promoted has 0."""
+def by_level(level: jax.Array, *trees):
+    """Trees with leaves `[H, NT, G]`, of each level from SKIP to FINEST, joined. `level`: [H, NT]; what is promoted has
+    0."""
 
     def pick(*x):
-        return jnp.select([level[..., None] == i for i in (SKIP, COARSE, FINEST)], x, 0.0)
+        return jnp.select([level[..., None] == i for i in range(PROMOTED)], x, 0.0)
 
-    return jax.tree.map(pick, skip, coarse, fine)
+    return jax.tree.map(pick, *trees)
 
 
 def delta_of(queries: Queries, kappa: jax.Array) -> jax.Array:
@@ -109,17 +110,17 @@ def num_expm1(delta: jax.Array) -> jax.Array:
 
 
 def value_terms(sums: TileSums, layer: Layer, level: int) -> jax.Array:
-    """`W` times what a tile adds to E_val with its values at `level`: `[H, NT, G]`.
+    """`W` times what a tile adds to E_val with its values as they are read at `level`: `[H, NT, G]`.
 
     Token by token with the largest residual or, as a token's residual is at most rho times its scale, with the scales;
     or by the spectral norm.
     """
-    linear = sums.n
-    if level != SKIP:
-        rho = layer.rho_v[..., level - 1, None]
+    linear, planes = sums.n, {SKIP: 0, COARSE: 1, VALUES: 2, FINEST: 2}[level]
+    if planes:
+        rho = layer.rho_v[..., planes - 1, None]
         by_scale = jnp.where(rho < num.LARGEST_RHO, sums.scaled * rho, jnp.inf)
-        linear = jnp.minimum(sums.a * layer.eta_peak[..., level - 1, None], by_scale)
-    return jnp.minimum(linear, layer.sigma_v[..., level, None] * sums.norm)
+        linear = jnp.minimum(sums.a * layer.eta_peak[..., planes - 1, None], by_scale)
+    return jnp.minimum(linear, layer.sigma_v[..., planes, None] * sums.norm)
 
 
 @struct.dataclass
@@ -193,18 +194,19 @@ def judge(found: Pass, queries: Queries, layer: Layer, reads: jax.Array, additio
     roundings that a tile's sum of values goes through at most."""
     exact, level, coarse, fine = found.exact, found.level, found.coarse, found.fine
     d, n_tiles = found.values.shape[1], level.shape[1]
-    sums = by_level(level, coarse, coarse, fine)
-    keys = by_level(level, *[key_terms(coarse, queries, layer, 0)] * 2, key_terms(fine, queries, layer, 1))
+    sums = by_level(level, *[coarse] * FINEST, fine)
+    keys = by_level(level, *[key_terms(coarse, queries, layer, 0)] * FINEST, key_terms(fine, queries, layer, 1))
     values = by_level(level, *(value_terms(fine if i == FINEST else coarse, layer, i) for i in range(PROMOTED)))
     finest, coarsely = level == FINEST, level == COARSE
+    finely = finest | (level == VALUES)
     kappa = jnp.where(finest, layer.kappa_peak[..., 1], layer.kappa_peak[..., 0])
     kappa = jnp.where(level == PROMOTED, 0.0, kappa)
     delta = delta_of(queries, kappa)
     grown = num_expm1(delta)
-    eta = jnp.where(finest, layer.eta_peak[..., 1], layer.eta_peak[..., 0])[..., None]
-    read = (coarsely | finest)[..., None]
+    eta = jnp.where(finely, layer.eta_peak[..., 1], layer.eta_peak[..., 0])[..., None]
+    read = (coarsely | finely)[..., None]
     # A value is `s (4 high + 2)`, or `s (4 high + low + 2.5)`.
-    offset = jnp.where(coarsely, 2.0, jnp.where(finest, 2.5, 0.0))[..., None] * sums.scaled
+    offset = jnp.where(coarsely, 2.0, jnp.where(finely, 2.5, 0.0))[..., None] * sums.scaled
     tier1, n, val, shrunk, k0, k1, g0, g1, n_read, eta_read, paper, offset = rd.sums(
         1,
         sums.a,

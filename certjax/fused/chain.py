@@ -8,6 +8,8 @@ written in `jnp` in `operands`, `bound`, `plan` and `ladder`, its twins.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -17,13 +19,15 @@ from certjax.certificate import Certificate
 from certjax.fused import bound as bd
 from certjax.fused import operands as ops
 from certjax.fused import plan as pl
-from certjax.fused.attention import additions_of, per_program_of
+from certjax.fused.attention import Project, additions_of, as_it_is, per_program_of
 from certjax.fused.record import BOUNDS, Reads, certificate
 from certjax.policy import Policy
 from pallas_kernels import levels as lv
 from pallas_kernels import numerics as num
 from pallas_kernels import query as qr
 from pallas_kernels.dispatch import Kernels
+
+Again = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def chained_attention(
@@ -34,11 +38,18 @@ def chained_attention(
     kernels: Kernels,
     sound: jax.Array,
     common: ops.Shared | None = None,
+    project: Project = as_it_is,
+    again: Again | None = None,
 ) -> tuple[jax.Array, Certificate, jax.Array]:
-    """As `fused_attention`, for a policy with a tolerance."""
+    """As `fused_attention`, for a policy with a tolerance.
+
+    `again`: of what a candidate was projected to, the output, and whether that is another, `[H]` int32, what the output
+    is projected to; by default whatever it is.
+    """
     from pallas_kernels.judge import record as rc
     from pallas_kernels.judge import triton as judging
     from pallas_kernels.judge import verdict as vd
+    from pallas_kernels.judge.contract import Contract
     from pallas_kernels.plan import triton as planning
     from pallas_kernels.prepare import triton as preparing
 
@@ -68,54 +79,57 @@ def chained_attention(
         highest=bd.HIGHEST,
     )  # fmt: skip
 
+    contract = Contract(n_heads, group, policy.relative_to, policy.tolerance, policy.pooled)
     operands, facts = preparing.prepare_queries(
         q.reshape(-1, group, d), key_centre, common.largest, turn, index,
         vanished=ops.VANISHED, room=ops.ROOM, tensor_unit=ops.TENSOR_UNIT,
     )  # fmt: skip
     stats, weights, values, *windows = kernels.scan(
-        index, meta, x.words, operands, x.keys, x.key_scale, x.values, x.value_scale, x.nu, x.live, x.windows
+        index, meta, x.words, operands, x.keys, x.key_scale, x.values, x.values_low, x.value_scale, x.nu,
+        x.live, x.windows,
     )
     tier1 = x.keys, x.keys_low, x.key_scale, x.values, x.values_low, x.value_scale, x.nu
     fine = kernels.fine_beside(index, x.words, x.counts, x.summary, operands, *tier1, x.host_keys, x.host_values)
+    of_layer = judging.Layer(notes, facts, common.largest, value_centre, turn, meta, index)
 
-    def judge(words, counts, summary, values, fine, fine_stats, host, host_sums, before=None):
-        return judging.judge(
-            words, stats, values, (fine, fine_stats), windows, (host, host_sums), counts, summary, notes,
-            facts, common.largest, value_centre, turn, meta, index, rounding, canary=policy.canary, before=before,
+    def found(words, counts, summary, values, fine, fine_stats, host, host_sums):
+        return judging.Found(
+            words, counts, summary, stats, values, (fine, fine_stats), windows, (host, host_sums)
         )  # fmt: skip
 
     terms = planning.Terms(
-        heads=n_heads, group=group, d=d, relative_to=policy.relative_to, tolerance=policy.tolerance,
-        aim=pl.HEADROOM * policy.margin, pooled=policy.pooled, coarse_fee=pl.COARSE_BYTES / pl.FINEST_BYTES,
-        host_fee=policy.host_price * pl.ORIGINAL_BYTES / pl.FINEST_BYTES, max_promoted=policy.max_promoted,
-        refresh=pl.REFRESH, least=pl.LEAST, summed=bd.summing(d, additions, depth),
+        contract=contract, d=d, aim=pl.HEADROOM * policy.margin, host_fee=pl.host_fee(policy),
+        max_promoted=policy.max_promoted, refresh=pl.REFRESH, least=pl.LEAST, summed=bd.summing(d, additions, depth),
     )  # fmt: skip
-    candidate, record = judge(x.words, x.counts, x.summary, values, *fine)
+    out, record = judging.judge(
+        found(x.words, x.counts, x.summary, values, *fine), of_layer, rounding, group=group, canary=policy.canary
+    )
+    # What is done next with the output begins with the candidate, while the rest finds out whether it will do.
+    y = project(out.reshape(q.shape))
     asked, (words, counts, summary), held = planning.choose(
         stats, weights, record, x.words, notes, facts, meta, index, terms
     )
-    values = kernels.coarse(index, words, counts, weights, x.values)
+    values = kernels.coarse(index, words, counts, weights, x.values, x.values_low)
     fine = kernels.fine(index, words, counts, summary, operands, *tier1, x.host_keys, x.host_values)
-    candidate, record = judge(words, counts, summary, values, *fine, before=(asked, candidate, record))
-    verdict, everything = vd.decide(
-        record, counts, sound, meta, n_tiles, flags, group=group, relative_to=policy.relative_to,
-        tolerance=policy.tolerance, pooled=policy.pooled,
-    )  # fmt: skip
-    found = kernels.originals(
+    out, record = judging.judge_again(
+        found(words, counts, summary, values, *fine), of_layer, asked, out, record, rounding, canary=policy.canary
+    )
+    verdict, everything = vd.decide(record, counts, sound, meta, n_tiles, flags, contract)
+    dense = kernels.originals(
         index, meta, everything, verdict, operands, x.host_keys, x.host_values, alone=True
     )
-    out, returned = vd.finish(
-        candidate, record, verdict, found, facts, of_dense, group=group, capacity=cache.capacity, reads=halves
+    out, record, revised = vd.finish(
+        verdict, asked, dense, facts, out, record, of_dense, capacity=cache.capacity, reads=halves
     )
-    shape = (batch, n_heads, -1, group)
-    rows = record[:, :, :group].reshape(shape)
-    final = returned[:, :, :group].reshape(shape)
+    y = project(out.reshape(q.shape)) if again is None else again(y, out.reshape(q.shape), revised)
+    rows = record[:, :, :group].reshape(batch, n_heads, -1, group)
     reads = (x.counts, x.summary), (counts, summary)
-    passes = [Reads(n, lv.n_pieces(x)) for n, x in reads]
-    return out.reshape(q.shape), certificate(
-        policy, cache, x.live, jnp.where((asked == rc.REDO)[:, None], counts, x.counts), passes,
+    return y, certificate(
+        policy, cache, x.live, jnp.where((asked == rc.REDO)[:, None], counts, x.counts),
+        [Reads(n, lv.n_pieces(x)) for n, x in reads],
         verdict.reshape(batch, n_heads), sound, rows[:, :, rc.PASSED] > 0,
         bounds={name: rows[:, :, getattr(rc, name.upper())] for name in BOUNDS},
-        candidate_norm=rows[:, :, rc.NORM], norm=final[:, :, 0], e_total=final[:, :, 1],
-        tail_mass=rows[:, :, rc.TAIL_MASS], delta_max=rows[:, :, rc.DELTA_MAX],
+        candidate_norm=rows[:, :, rc.NORM], norm=rows[:, :, rc.RETURNED_NORM],
+        e_total=rows[:, :, rc.RETURNED_BOUND], tail_mass=rows[:, :, rc.TAIL_MASS],
+        delta_max=rows[:, :, rc.DELTA_MAX],
     ), held[:, :n_tiles].astype(jnp.uint16).reshape(batch, n_heads, -1)  # fmt: skip

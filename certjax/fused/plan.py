@@ -7,6 +7,8 @@ step. It says what is read and nothing else: no bound rests on it.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,11 +20,8 @@ from certjax.fused.bound import Judged, TileSums, key_terms, no_nan, value_terms
 from certjax.fused.operands import Layer, Queries
 from certjax.policy import Policy
 from pallas_kernels import levels as lv
-from pallas_kernels.levels import COARSE, FINEST, PROMOTED, SKIP
+from pallas_kernels.levels import COARSE, FINEST, PROMOTED, SKIP, VALUES
 from pallas_kernels.query import folded
-
-FINEST_BYTES, COARSE_BYTES, ORIGINAL_BYTES = 2.3, 0.64, 4.0
-"""Of a key's and a value's channel, with scales and weights, that the second pass reads."""
 
 PRICES, STEPS = 62, 4
 """Candidates for the price of reading a tile in shares of a layer's tolerance: so many, so many to a factor of two."""
@@ -36,6 +35,11 @@ LEAST = 0.25
 
 REFRESH = 16
 """Steps after which a layer's plan is made anew, whether or not its bounds held: what is read in vain is dropped."""
+
+
+def host_fee(policy: Policy) -> float:
+    """Of a tile whose pieces are all read from the host, as `levels.FEES`."""
+    return policy.host_price * lv.ORIGINAL_BYTES / lv.FINEST_BYTES
 
 
 @struct.dataclass
@@ -110,19 +114,19 @@ def choose(
         return jnp.stack(heads).max(0)
 
     # Computed once, not once a price.
-    offers = lax.optimization_barrier(jnp.stack([shares(level) for level in (SKIP, COARSE, FINEST)]))
+    offers = lax.optimization_barrier(jnp.stack([shares(level) for level in range(PROMOTED)]))
     heaviest = jnp.square(sums.norm / jnp.maximum(sums.a, 2.0**-120))[..., :group]
     left_over = offers[FINEST] * (1 - heaviest)
     n_pieces = lv.pieces_of_a_tile(layer.keys.shape[-1])
-    host = policy.host_price * ORIGINAL_BYTES / FINEST_BYTES
-    fees = (0.0, COARSE_BYTES / FINEST_BYTES, 1.0, 1.0 + host / n_pieces, host)  # in tiles read at their finest
+    host = host_fee(policy)
+    fees = (*lv.FEES, 1.0 + host / n_pieces, host)
     costs = [*joint(offers), joint(left_over), 0.0]  # [H, NT] each
 
     def settled(price):
         """The level, WHOLE for all pieces of a tile."""
         at = [x + fee * price for x, fee in zip(costs, fees, strict=True)]
-        least = jnp.minimum(jnp.minimum(at[SKIP], at[COARSE]), at[FINEST])
-        level = jnp.where(at[SKIP] <= least, SKIP, jnp.where(at[COARSE] <= least, COARSE, FINEST))
+        least = functools.reduce(jnp.minimum, at[:PROMOTED])
+        level = jnp.select([x <= least for x in at[:FINEST]], [SKIP, COARSE, VALUES], FINEST)
         level = jnp.where(at[PROMOTED] < least, PROMOTED, level)
         return jnp.where(at[WHOLE] < jnp.minimum(least, at[PROMOTED]), WHOLE, level)
 

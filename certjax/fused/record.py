@@ -50,7 +50,7 @@ def certificate(
         return jnp.broadcast_to(x.reshape(batch, n_heads, 1), shape)
 
     dense = of_head(verdict > 0)
-    n_active, n_coarse, n_finest, n_promoted = (of_head(counts[:, i]) for i in range(4))
+    n_active, n_coarse, n_values, n_finest, n_promoted = (of_head(counts[:, i]) for i in range(5))
     returned = {name: jnp.where(dense, 0.0, x) for name, x in bounds.items()}
     returned |= {"e_total": e_total, "e_arith": jnp.where(dense, e_total, bounds["e_arith"])}
     in_windows = of_head(sum(live[:, i] for i in range(live.shape[1])))
@@ -69,8 +69,8 @@ def certificate(
         k_star=n_promoted,
         n_value_promoted=n_promoted,
         n_key_refined=n_finest,
-        n_value_refined=n_finest,
-        n_value_skipped=n_active - n_coarse - n_finest - n_promoted,
+        n_value_refined=n_values + n_finest,
+        n_value_skipped=n_active - n_coarse - n_values - n_finest - n_promoted,
         rung=jnp.where(dense, 2 + of_head(verdict), jnp.where(n_promoted > 0, 2, 0)).astype(jnp.int32),
         ranking_ok=true,
         boundary_ok=true,
@@ -85,13 +85,13 @@ def tier1_bytes(d: int, passes: Sequence[Reads]) -> jax.Array:
     """What a step reads and writes of tier 1: [H] float32."""
     weights = 8 * 2  # of a token, for a group of up to 4 query heads
     scanned = lv.TILE * (d + 5 + weights) + 30  # 8-bit keys, both scales, nu; the plan's annotations of the tile
-    values = lv.TILE * (d // 2)  # at 4 bits
+    values, low = lv.TILE * (d // 2), lv.TILE * (d // 4)  # at 4 bits; 2 more
     fine = lv.TILE * (d + d // 2 + d // 2 + d // 4 + 5)  # 12-bit keys and 6-bit values, their scales and nu
 
-    def by(counts, coarse: int):
+    def by(counts, beside: int):
         refined = counts[:, lv.N_FINEST] + counts[:, lv.N_PROMOTED]
-        return counts[:, lv.N_COARSE] * float(coarse) + refined * float(fine)
+        read = counts[:, lv.N_COARSE] * float(values + beside) + counts[:, lv.N_VALUES] * float(values + low + beside)
+        return read + refined * float(fine)
 
     first, *more = (x.counts for x in passes)
-    read = first[:, lv.ACTIVE] * float(scanned) + by(first, values)
-    return read + sum(by(x, values + lv.TILE * weights) for x in more)
+    return first[:, lv.ACTIVE] * float(scanned) + by(first, 0) + sum(by(x, lv.TILE * weights) for x in more)

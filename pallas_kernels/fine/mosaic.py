@@ -184,8 +184,8 @@ def attend_fine(layer, words, counts, summary, q, keys, keys_low, key_scale, val
     run = plgpu.kernel(
         kernel,
         out_type=[jax.ShapeDtypeStruct(x, jnp.float32) for x in results],
-        grid=(heads, readers + splits),
-        grid_names=("h", "s"),
+        grid=(readers + splits, heads),  # all heads' first programs before any second: those at work start first
+        grid_names=("s", "h"),
         kernel_name="attend_fine",
         compiler_params=mg.PARAMS,
         interpret=interpret,

@@ -15,8 +15,11 @@ from pallas_kernels.launch import launch
 from pallas_kernels.tile_facts import folded
 
 COUNTS, REDO = tl.constexpr(lv.COUNTS), tl.constexpr(rc.REDO)
-CHANNELS = 32
+CHANNELS = 16
 """That a program adds up."""
+
+PARTS = tl.constexpr(64)
+"""That it loads at once: a second load would wait for the first to arrive."""
 
 FROM_WINDOWS, FROM_ALL, KEY, VALUE = range(4)
 """Rows of the second result: sums of the weights of originals, and the squares of the longest key and value."""
@@ -77,13 +80,13 @@ def _join(
         size: tl.constexpr = D * C
         flat, col = share * (CHANNELS * C) + tl.arange(0, CHANNELS * C), tl.arange(0, C)
         of = counts + h * COUNTS
-        n_coarse, n_finest, n_promoted = tl.load(of + 1), tl.load(of + 2), tl.load(of + 3)
+        n_by_scan, n_finest, n_promoted = tl.load(of + 1) + tl.load(of + 2), tl.load(of + 3), tl.load(of + 4)
         from_tier1 = tl.zeros((CHANNELS * C,), tl.float32)
-        if n_coarse > 0:  # else nothing was stored
-            from_tier1 += _add(coarse, h * S, flat, S, S, 16, size)
+        if n_by_scan > 0:  # else nothing was stored
+            from_tier1 += _add(coarse, h * S, flat, S, S, PARTS, size)
         if n_finest + n_promoted > 0:
             at_work = tl.minimum(n_finest + n_promoted, FINE_S)  # as in `levels`
-            from_tier1 += _add(fine, h * FINE_S, flat, at_work, FINE_S, 16, size)
+            from_tier1 += _add(fine, h * FINE_S, flat, at_work, FINE_S, PARTS, size)
         values, total, key, value = _add_originals(window_acc, window_sums, h * W, flat, W, W, 4, size, C, HIGHEST)
         of_windows = total
         if n_promoted > 0:

@@ -11,10 +11,11 @@ from pallas_kernels.tile_facts import SLACK
 
 (
     NORM, E_KEY, E_VAL, E_ARITH, E_TOTAL, E_KEY_PAPER, E_VAL_PAPER, DELTA_MAX, TAIL_MASS, PASSED, TOTAL, L_MINUS,
-    FROM_CENTRE, NU_MEAN,
-) = range(14)  # fmt: skip
-ROWS = tl.constexpr(14)
-"""Of a head's record; the last four are for the plan after it."""
+    FROM_CENTRE, NU_MEAN, RETURNED_NORM, RETURNED_BOUND,
+) = range(16)  # fmt: skip
+ROWS = tl.constexpr(16)
+"""Of a head's record: what a candidate came to, of which four are for the plan after it; and the norm and the bound of
+what is returned, the candidate's or those of dense attention."""
 
 KEPT, ANEW, REDO = range(3)
 """What comes of a plan: it serves the next step, too; one is made anew for the next step; or for this one, which is

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +28,7 @@ from pallas_kernels.tile_facts import (
     tile_sums,
 )
 
+COARSE, VALUES, FINEST, PROMOTED = (tl.constexpr(x) for x in (lv.COARSE, lv.VALUES, lv.FINEST, lv.PROMOTED))
 TILE, TILES_READ, REDO = tl.constexpr(lv.TILE), tl.constexpr(lv.TILES_READ), tl.constexpr(rc.REDO)
 U, UNDERFLOW, FLOOR = tl.constexpr(num.U), tl.constexpr(num.UNDERFLOW), tl.constexpr(num.ABSOLUTE_FLOOR)
 
@@ -72,9 +75,10 @@ def _tally_tiles(
     noted, row = (at * H + h) * NT + t, h * NT + t
     word = tl.load(words + h * FLAGS + t, mask=active, other=0)
     level = word & 255
-    coarse, promoted = level == 1, level == 3
+    promoted = level == PROMOTED
     whole = word == ALL_PIECES
-    finest = (level >= 2) & ~whole  # or what is not promoted of it
+    finest = (level >= FINEST) & ~whole  # or what is not promoted of it
+    values = finest | (level == VALUES)  # whose values are read at their finest
     q_norm = tl.load(facts + h * 4 * C + col)
     nu_peak = number(nu + noted, active)
     delta = least(q_norm[None] * (number(kappa + noted * 2, active) * SLACK)[:, None], 80.0)
@@ -87,7 +91,7 @@ def _tally_tiles(
     here = kept[:, None]
     a, n = tl.where(here, a + b, 0.0), tl.where(here, n + m, 0.0)  # one of the two is 0
     norm = tl.where(finest[:, None], fine_norm, norm)
-    plane = finest.to(tl.int32)
+    plane, values_plane = finest.to(tl.int32), values.to(tl.int32)
     kappa_t = number(kappa + noted * 2 + plane, kept)
     keyed, keyed_n = keyed_sums(stats, row, nu_peak, active & ~finest, C)
     fine_keyed, fine_keyed_n = keyed_sums(fine_stats, row, nu_peak, active & finest, C)
@@ -95,14 +99,14 @@ def _tally_tiles(
         a, n, norm, keyed + fine_keyed, keyed_n + fine_keyed_n, q_norm, kappa_t,
         number(sigma_k + noted * 2 + plane, kept), number(rho_k + noted * 2 + plane, kept), nu_peak,
     )  # fmt: skip
-    eta_t = number(eta + noted * 2 + plane, kept)[:, None]
-    read_here = (coarse | finest)[:, None] & here
+    eta_t = number(eta + noted * 2 + values_plane, kept)[:, None]
+    read_here = (values | (level == COARSE))[:, None] & here
     by_level = tl.where(finest[:, None], fine_scaled, scaled)
-    linear = linear_value_terms(a, by_level, eta_t, number(rho_v + noted * 2 + plane, kept)[:, None])
+    linear = linear_value_terms(a, by_level, eta_t, number(rho_v + noted * 2 + values_plane, kept)[:, None])
     linear = tl.where(read_here, linear, n)
-    spectral = number(sigma_v + noted * 3 + tl.where(finest, 2, tl.where(coarse, 1, 0)), kept)[:, None] * norm
+    spectral = number(sigma_v + noted * 3 + tl.where(values, 2, (level == COARSE).to(tl.int32)), kept)[:, None] * norm
     # A value is `s (4 high + 2)`, or `s (4 high + low + 2.5)`.
-    less = tl.where(finest[:, None], 2.5 * fine_scaled, tl.where(coarse[:, None], 2 * scaled, 0.0))
+    less = tl.where(values[:, None], 2.5 * by_level, tl.where((level == COARSE)[:, None], 2 * scaled, 0.0))
     shrunk, rest = a * exp_down(-least(delta, 80.0)), (promoted & finest)[:, None]
     value = tl.where(here, least(linear, spectral), 0.0)
     k0, k1, less = tl.where(here, k0, 0.0), tl.where(here, k1, 0.0), tl.where(here, less, 0.0)
@@ -142,7 +146,7 @@ def _judge_head(
     H: tl.constexpr, NT: tl.constexpr, PARTS: tl.constexpr, PARTS_UP: tl.constexpr, C: tl.constexpr,
     D: tl.constexpr, ROOT: tl.constexpr, VANISHED: tl.constexpr, SPLIT: tl.constexpr, TURNING: tl.constexpr,
     DEPTH_GAMMA: tl.constexpr, INFLATE: tl.constexpr, EXP_RELATIVE_ERROR: tl.constexpr, CANARY: tl.constexpr,
-    BLOCKS: tl.constexpr, BLOCKS_UP: tl.constexpr,
+    BLOCKS: tl.constexpr, BLOCKS_UP: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     h, at = tl.program_id(0), tl.load(layer)
     col, channel = tl.arange(0, C), tl.arange(0, D)
@@ -220,13 +224,14 @@ def _judge_head(
         # What is not a number is not an alarm: it fails as such.
         alarm = (from_host + rest_low > high * slack + rounding) | (from_host + rest_high < low / slack - rounding)
         passed = tl.where(alarm, 0.0, passed)
-    tl.store(out + (h * C + col[None]) * D + channel[:, None], result)
+    tl.store(out + (h * GROUP + col[None]) * D + channel[:, None], result, mask=(col < GROUP)[None])
     to = record + h * ROWS * C + col
     tl.store(to, norm)
     tl.store(to + C, e_key)
     tl.store(to + 2 * C, e_val)
     tl.store(to + 3 * C, e_arith)
-    tl.store(to + 4 * C, bound * INFLATE + FLOOR)
+    bound = bound * INFLATE + FLOOR
+    tl.store(to + 4 * C, bound)
     grows = tl.where(two_d < 0.5, expm1_up(two_d), exp_up(two_d))
     tl.store(to + 5 * C, 2 * nu_max * exp_up(two_d) * mass * grows)
     tl.store(to + 6 * C, paper / total)
@@ -237,6 +242,8 @@ def _judge_head(
     tl.store(to + 11 * C, l_minus)
     tl.store(to + 12 * C, from_centre)
     tl.store(to + 13 * C, nu_mean)
+    tl.store(to + 14 * C, norm)
+    tl.store(to + 15 * C, bound)
 
 
 @triton.jit
@@ -246,12 +253,12 @@ def _judge(
     H: tl.constexpr, NT: tl.constexpr, PARTS: tl.constexpr, PARTS_UP: tl.constexpr, C: tl.constexpr,
     D: tl.constexpr, ROOT: tl.constexpr, VANISHED: tl.constexpr, SPLIT: tl.constexpr, TURNING: tl.constexpr,
     DEPTH_GAMMA: tl.constexpr, INFLATE: tl.constexpr, EXP_RELATIVE_ERROR: tl.constexpr, CANARY: tl.constexpr,
-    BLOCKS: tl.constexpr, BLOCKS_UP: tl.constexpr,
+    BLOCKS: tl.constexpr, BLOCKS_UP: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     _judge_head(
         sums, kappa_max, joined, exact_sums, summary, facts, largest_of_head, value_centre, turn, layer, out, record,
         tl.full((C,), 1.0, tl.float32), H, NT, PARTS, PARTS_UP, C, D, ROOT, VANISHED, SPLIT, TURNING, DEPTH_GAMMA,
-        INFLATE, EXP_RELATIVE_ERROR, CANARY, BLOCKS, BLOCKS_UP,
+        INFLATE, EXP_RELATIVE_ERROR, CANARY, BLOCKS, BLOCKS_UP, GROUP,
     )  # fmt: skip
 
 
@@ -263,23 +270,17 @@ def _judge_again(
     H: tl.constexpr, NT: tl.constexpr, PARTS: tl.constexpr, PARTS_UP: tl.constexpr, C: tl.constexpr,
     D: tl.constexpr, ROOT: tl.constexpr, VANISHED: tl.constexpr, SPLIT: tl.constexpr, TURNING: tl.constexpr,
     DEPTH_GAMMA: tl.constexpr, INFLATE: tl.constexpr, EXP_RELATIVE_ERROR: tl.constexpr, CANARY: tl.constexpr,
-    BLOCKS: tl.constexpr, BLOCKS_UP: tl.constexpr,
+    BLOCKS: tl.constexpr, BLOCKS_UP: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """What the second pass found, where there was one; otherwise what the first did."""
-    h, col, channel = tl.program_id(0), tl.arange(0, C), tl.arange(0, D)
+    """What the second pass found, in place of what the first did, for heads of which it was asked."""
+    h = tl.program_id(0)
     if tl.load(asked + h) == REDO:
-        passed = tl.load(record_before + (h * ROWS + 9) * C + col)
+        passed = tl.load(record + (h * ROWS + 9) * C + tl.arange(0, C))
         _judge_head(
             sums, kappa_max, joined, exact_sums, summary, facts, largest_of_head, value_centre, turn, layer, out,
             record, passed, H, NT, PARTS, PARTS_UP, C, D, ROOT, VANISHED, SPLIT, TURNING, DEPTH_GAMMA, INFLATE,
-            EXP_RELATIVE_ERROR, CANARY, BLOCKS, BLOCKS_UP,
+            EXP_RELATIVE_ERROR, CANARY, BLOCKS, BLOCKS_UP, GROUP,
         )  # fmt: skip
-    else:
-        of = (h * C + col[:, None]) * D + channel[None]
-        tl.store(out + of, tl.load(out_before + of))
-        row = tl.arange(0, 16)[:, None]
-        of = (h * ROWS + row) * C + col[None]
-        tl.store(record + of, tl.load(record_before + of, mask=row < ROWS), mask=row < ROWS)
 
 
 TILES = 32
@@ -291,56 +292,87 @@ def tiles_and_parts(n_tiles: int) -> tuple[int, int]:
     return TILES, -(-n_tiles // TILES)
 
 
-def judge(
-    words: jax.Array,  # [H, flags] int32, `pallas_kernels.levels`
-    scanned: jax.Array,  # [H, NT, 4, C] of the scan
-    coarse: jax.Array,  # [H, S, d, C], values at their coarsest
-    fine: tuple[jax.Array, jax.Array],  # [H, S', d, C], [H, NT, 4, C]
-    windows: tuple[jax.Array, jax.Array],  # [H, W, d, C], [H, W, 4, C]
-    promoted: tuple[jax.Array, jax.Array],  # [H, P, d, C], [H, P, 4, C]
-    counts: jax.Array,  # [H, COUNTS] int32
-    summary: jax.Array,  # [H, .] int32
-    notes: dict[str, jax.Array],
-    facts: jax.Array,  # [H, 4, C]
-    largest: jax.Array,  # [L, 6, H]
-    value_centre: jax.Array,  # [L, H, d]
-    turn: np.ndarray,  # [d, d], R^T
-    meta: jax.Array,
-    layer: jax.Array,
-    rounding: Rounding,
-    *,
-    canary: bool,
-    before: tuple[jax.Array, jax.Array, jax.Array] | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Outputs `[H, C, d]`, and the rows of `record`, `[H, ROWS, C]`, float32.
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What was read of a layer by a plan, and the plan."""
 
-    `before`: of a second pass, what was asked of each head, `[H]` int32, and what this returned of the first; a head of
-    which nothing was to be done again keeps that.
-    """
-    asked, *found_before = before or (np.full(counts.shape[0], rc.REDO, np.int32),)
-    heads, n_tiles, _, columns = scanned.shape
-    d, f32 = coarse.shape[2], jnp.float32
+    words: jax.Array  # [H, flags] int32, `pallas_kernels.levels`
+    counts: jax.Array  # [H, COUNTS] int32
+    summary: jax.Array  # [H, .] int32
+    scanned: jax.Array  # [H, NT, 4, C] of the scan
+    coarse: jax.Array  # [H, S, d, C], values at their coarsest
+    fine: tuple[jax.Array, jax.Array]  # [H, S', d, C], [H, NT, 4, C]
+    windows: tuple[jax.Array, jax.Array]  # [H, W, d, C], [H, W, 4, C]
+    promoted: tuple[jax.Array, jax.Array]  # [H, P, d, C], [H, P, 4, C]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """What else the judgement of a layer rests on."""
+
+    notes: dict[str, jax.Array]
+    facts: jax.Array  # [H, 4, C]
+    largest: jax.Array  # [L, 6, H]
+    value_centre: jax.Array  # [L, H, d]
+    turn: np.ndarray  # [d, d], R^T
+    meta: jax.Array
+    index: jax.Array  # [1] int32
+
+
+def judge(
+    found: Found, layer: Layer, rounding: Rounding, *, group: int, canary: bool
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """Outputs `[H, group, d]`, and the rows of `record`, `[H, ROWS, C]`, float32."""
+    heads = found.counts.shape[0]
+    asked = np.full(heads, rc.REDO, np.int32)
+    shapes, arrays, constants = _of_heads(found, layer, asked, rounding, group, canary)
+    return launch(_judge, *arrays, out=shapes, grid=(heads,), warps=8, **constants)
+
+
+def judge_again(
+    found: Found, layer: Layer, asked: jax.Array, out: jax.Array, record: jax.Array, rounding: Rounding, *,
+    canary: bool,
+) -> list[jax.Array]:  # fmt: skip
+    """`out` and `record` of `judge`, where a second pass was `asked` for what that found."""
+    shapes, arrays, constants = _of_heads(found, layer, asked, rounding, out.shape[1], canary)
+    n = len(arrays)
+    return launch(
+        _judge_again, *arrays, asked, out, record, out=shapes, in_place={n + 1: 0, n + 2: 1},
+        grid=(out.shape[0],), warps=8, **constants,
+    )  # fmt: skip
+
+
+def _of_heads(found: Found, layer: Layer, asked: jax.Array, rounding: Rounding, group: int, canary: bool):
+    """Shapes of outputs, and what `_judge_head` takes: arrays, constants."""
+    heads, n_tiles, _, columns = found.scanned.shape
+    d, f32, blocks = found.coarse.shape[2], jnp.float32, found.summary.shape[1]
     tiles, parts = tiles_and_parts(n_tiles)
     shape = dict(H=heads, NT=n_tiles, C=columns)
     tallied = launch(
-        _tally, words, scanned, fine[1], *(notes[x] for x in NOTES), facts, meta, layer, asked,
+        _tally, found.words, found.scanned, found.fine[1], *(layer.notes[x] for x in NOTES), layer.facts, layer.meta,
+        layer.index, asked,
         out=[
             jax.ShapeDtypeStruct((heads, parts, columns, ADDED.value), f32),
             jax.ShapeDtypeStruct((heads, parts), f32),
         ],
-        grid=(heads, parts), FLAGS=words.shape[1], T=tiles, ALL_PIECES=lv.word(lv.PROMOTED, lv.every_piece(d)),
+        grid=(heads, parts), FLAGS=found.words.shape[1], T=tiles, ALL_PIECES=lv.word(lv.PROMOTED, lv.every_piece(d)),
         **shape,
     )  # fmt: skip
-    joined = join(coarse, fine[0], windows, promoted, counts, asked, rounding.highest)
-    return launch(
-        _judge_again if before else _judge, *tallied, *joined, summary, facts, largest, value_centre,
-        jnp.asarray(np.sign(turn), jnp.int8), layer, *((asked, *found_before) if before else ()),
-        out=[
-            jax.ShapeDtypeStruct((heads, columns, d), f32),
-            jax.ShapeDtypeStruct((heads, ROWS.value, columns), f32),
-        ],
-        grid=(heads,), warps=8, PARTS=parts, PARTS_UP=triton.next_power_of_2(parts), D=d, ROOT=d**0.5,
-        VANISHED=rounding.vanished, SPLIT=rounding.split, TURNING=rounding.turning,
-        DEPTH_GAMMA=rounding.depth_gamma, INFLATE=rounding.inflate, EXP_RELATIVE_ERROR=num.EXP_RELATIVE_ERROR,
-        CANARY=canary, BLOCKS=summary.shape[1], BLOCKS_UP=triton.next_power_of_2(summary.shape[1]), **shape,
+    joined = join(
+        found.coarse, found.fine[0], found.windows, found.promoted, found.counts, asked, rounding.highest
+    )
+    shapes = [
+        jax.ShapeDtypeStruct((heads, group, d), f32),
+        jax.ShapeDtypeStruct((heads, ROWS.value, columns), f32),
+    ]
+    arrays = (
+        *tallied, *joined, found.summary, layer.facts, layer.largest, layer.value_centre,
+        jnp.asarray(np.sign(layer.turn), jnp.int8), layer.index,
     )  # fmt: skip
+    constants = dict(
+        PARTS=parts, PARTS_UP=triton.next_power_of_2(parts), D=d, ROOT=d**0.5, VANISHED=rounding.vanished,
+        SPLIT=rounding.split, TURNING=rounding.turning, DEPTH_GAMMA=rounding.depth_gamma, INFLATE=rounding.inflate,
+        EXP_RELATIVE_ERROR=num.EXP_RELATIVE_ERROR, CANARY=canary, BLOCKS=blocks,
+        BLOCKS_UP=triton.next_power_of_2(blocks), GROUP=group, **shape,
+    )  # fmt: skip
+    return shapes, arrays, constants

@@ -13,11 +13,13 @@ import triton.language as tl
 from pallas_kernels import levels as lv
 from pallas_kernels import numerics as num
 from pallas_kernels.device_math import MAX_DELTA, exp_up, expm1_up, least, most, no_nan
+from pallas_kernels.judge import record as rc
+from pallas_kernels.judge.contract import Contract
 from pallas_kernels.judge.record import ROWS, Rounding, length
 from pallas_kernels.launch import launch
 from pallas_kernels.tile_facts import SLACK, folded
 
-TILE, COUNTS = tl.constexpr(lv.TILE), tl.constexpr(lv.COUNTS)
+TILE, COUNTS, REDO = tl.constexpr(lv.TILE), tl.constexpr(lv.COUNTS), tl.constexpr(rc.REDO)
 U, UNDERFLOW, FLOOR = tl.constexpr(num.U), tl.constexpr(num.UNDERFLOW), tl.constexpr(num.ABSOLUTE_FLOOR)
 
 
@@ -38,9 +40,9 @@ def _decide(
     norm = tl.load(of, mask=shown, other=0.0)
     own = no_nan(tl.load(of + 4 * C, mask=shown, other=0.0))
     passed = tl.load(of + 9 * C, mask=shown, other=1.0)
-    gone = tl.load(counts + (batch * HEADS + head) * COUNTS + 4, mask=real, other=0) > 0
+    gone = tl.load(counts + (batch * HEADS + head) * COUNTS + 5, mask=real, other=0) > 0
     fine = (tl.abs(norm) < float("inf")) & (passed > 0)  # NaN is not less
-    failed = (tl.sum(tl.sum((~fine).to(tl.int32), 1), 0) > 0) | (tl.load(sound + batch) == 0)
+    failed = (tl.sum(tl.sum((~fine).to(tl.int32), 1), 0) > 0) | (tl.load(sound + batch).to(tl.int32) == 0)
     own = tl.where(gone[:, None] & shown, float("inf"), own)
     if RELATIVE_TO == "layer":
         # In units of the longest output, so that no square overflows or vanishes.
@@ -80,19 +82,18 @@ def _decide(
 
 @triton.jit
 def _finish(
-    candidate, record, dense, acc, sums, facts,  # inputs
-    out, returned,  # outputs
+    dense, asked, acc, sums, facts, out_before, record_before,  # inputs
+    out, record, revised,  # outputs
     S: tl.constexpr, S_UP: tl.constexpr, AT_ONCE: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr,
     D: tl.constexpr, ROOT: tl.constexpr, VANISHED: tl.constexpr, SPLIT: tl.constexpr, DEPTH_GAMMA: tl.constexpr,
     READS: tl.constexpr, EXP_RELATIVE_ERROR: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """The output, its norm and its bound: the candidate's, or those of dense attention."""
+    """The output of dense attention, its norm and its bound, in place of the candidate's."""
     h = tl.program_id(0)
     col, channel = tl.arange(0, C), tl.arange(0, D)
-    result = tl.load(candidate + (h * C + col[None]) * D + channel[:, None])
-    of = record + h * ROWS * C + col
-    norm, error = tl.load(of), tl.load(of + 4 * C)
-    if tl.load(dense + h) > 0:
+    goes = tl.load(dense + h) > 0
+    tl.store(revised + h, (goes | (tl.load(asked + h) == REDO)).to(tl.int32))
+    if goes:
         part, all_parts = tl.arange(0, AT_ONCE)[:, None], tl.arange(0, S_UP)[:, None]
         of = sums + (h * S + all_parts) * (4 * C) + col[None]
         here = all_parts < S
@@ -125,9 +126,10 @@ def _finish(
         error = (grow * expm1_up(eps) + N * UNDERFLOW / total * grow * grow) * radius + accumulated
         error = least(tl.where(eps < MAX_DELTA, no_nan(error), float("inf")), no_nan(value + norm))
         error = error * (1 + 2.0**-12) + FLOOR
-    tl.store(out + (h * GROUP + col[None]) * D + channel[:, None], result, mask=(col < GROUP)[None])
-    tl.store(returned + h * 2 * C + col, norm)
-    tl.store(returned + h * 2 * C + C + col, error)
+        tl.store(out + (h * GROUP + col[None]) * D + channel[:, None], result, mask=(col < GROUP)[None])
+        of = record + h * ROWS * C + col
+        tl.store(of + 14 * C, norm)
+        tl.store(of + 15 * C, error)
 
 
 def decide(
@@ -137,48 +139,40 @@ def decide(
     meta: jax.Array,
     n_tiles: int,
     flags: int,
-    *,
-    group: int,
-    relative_to: str,
-    tolerance: float,
-    pooled: bool,
+    contract: Contract,
 ) -> tuple[jax.Array, jax.Array]:
     """A verdict on each head, `[H]` int32 (0 stays, 1 dense, 2 dense as a check of its row failed), and the tiles that
     dense attention reads, `[H, flags]` int32."""
     heads, _, columns = record.shape
-    per_row = heads // sound.shape[0]
+    constants = contract.constants
+    up = constants.pop("HEADS_UP")
     return launch(
-        _decide, record, counts, sound.astype(jnp.int32), meta,
+        _decide, record, counts, sound, meta,
         out=[jax.ShapeDtypeStruct((heads,), jnp.int32), jax.ShapeDtypeStruct((heads, flags), jnp.int32)],
-        grid=(heads,), HEADS=per_row, UP=triton.next_power_of_2(per_row), GROUP=group, C=columns, FLAGS=flags,
-        NT=n_tiles, RELATIVE_TO=relative_to, TOLERANCE=tolerance, POOLED=pooled,
+        grid=(heads,), UP=up, GROUP=contract.group, C=columns, FLAGS=flags, NT=n_tiles, **constants,
     )  # fmt: skip
 
 
 def finish(
-    candidate: jax.Array,  # [H, C, d]
-    record: jax.Array,  # [H, ROWS, C]
     dense: jax.Array,  # [H] int32
+    asked: jax.Array,  # [H] int32
     found: tuple[jax.Array, jax.Array],  # [H, S, d, C], [H, S, 4, C], of heads that are dense
     facts: jax.Array,
+    out: jax.Array,  # [H, group, d]
+    record: jax.Array,  # [H, ROWS, C]
     rounding: Rounding,
     *,
-    group: int,
     capacity: int,
     reads: int,
-) -> tuple[jax.Array, jax.Array]:
-    """What is returned: outputs `[H, group, d]`, and their norm and bound, `[H, 2, C]`. `reads`: halves of tiles that a
-    program of the dense pass reads at most."""
+) -> list[jax.Array]:
+    """`out` and `record`, where a head is dense of that; and whether its output is another than was judged first, by a
+    second pass or this, `[H]` int32. `reads`: halves of tiles that a program of the dense pass reads at most."""
     heads, splits, d, columns = found[0].shape
     return launch(
-        _finish, candidate, record, dense, *found, facts,
-        out=[
-            jax.ShapeDtypeStruct((heads, group, d), jnp.float32),
-            jax.ShapeDtypeStruct((heads, 2, columns), jnp.float32),
-        ],
+        _finish, dense, asked, *found, facts, out, record,
+        out=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (out, record, asked)], in_place={5: 0, 6: 1},
         grid=(heads,), S=splits, S_UP=triton.next_power_of_2(splits),
-        AT_ONCE=min(8, triton.next_power_of_2(splits)), GROUP=group, C=columns, D=d, ROOT=d**0.5,
-        VANISHED=rounding.vanished,
-        SPLIT=rounding.split, DEPTH_GAMMA=rounding.depth_gamma, READS=reads,
+        AT_ONCE=min(8, triton.next_power_of_2(splits)), GROUP=out.shape[1], C=columns, D=d, ROOT=d**0.5,
+        VANISHED=rounding.vanished, SPLIT=rounding.split, DEPTH_GAMMA=rounding.depth_gamma, READS=reads,
         EXP_RELATIVE_ERROR=num.EXP_RELATIVE_ERROR, N=float(capacity),
     )  # fmt: skip

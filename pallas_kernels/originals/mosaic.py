@@ -163,23 +163,29 @@ def attend_promoted_pieces(
         for tile in (keys, values):  # a product takes HALF rows, of which fewer may be read
             tile[...] = jnp.zeros((HALF, d), jnp.bfloat16)
 
-        def read(first, at_once: int, carry):
-            plgpu.commit_smem()  # a barrier: no warp reads the pieces before any more
+        def load(first, places):
             sources, targets = [], []
-            for i in range(at_once):
+            for i in places:
                 here, there = pl.ds(order[first + i] * size, size), pl.ds(i * size, size)
                 sources += [ref.at[layer, h, here] for ref in (k_ref, v_ref)]
                 targets += [ref.at[there] for ref in (keys, values)]
             load_from_host(sources, targets)
-            unit, shift = (mg.over_rows(numbers[i], HALF) for i in (UNIT_EXACT, SHIFT_EXACT))
-            return attend_original_tile(
-                at_once * size, queries, unit, shift, keys, values, weights, carry, interpret
-            )
 
         many = HALF // size
-        full = count // many
-        carry = lax.fori_loop(0, full, lambda i, carry: read(i * many, many, carry), nothing(d, columns))
-        acc, *rest = lax.fori_loop(full * many, count, lambda i, carry: read(i, 1, carry), carry)
+
+        def read(i, carry):
+            first = i * many
+            here = jnp.minimum(count - first, many)
+            plgpu.commit_smem()  # a barrier: no warp reads the pieces before any more
+            # All at once, or one after the other: as much code as that, and no more, stands here twice, since most
+            # programs go once through code that is in no cache.
+            pl.when(here == many)(lambda: load(first, range(many)))
+            for place in range(many - 1):
+                pl.when((here < many) & (place < here))(lambda place=place: load(first, [place]))
+            unit, shift = (mg.over_rows(numbers[i], HALF) for i in (UNIT_EXACT, SHIFT_EXACT))
+            return attend_original_tile(here * size, queries, unit, shift, keys, values, weights, carry, interpret)
+
+        acc, *rest = lax.fori_loop(0, (count + many - 1) // many, read, nothing(d, columns))
         store_rows(rest, sums, sums_ref.at[h, part])
 
         @pl.when(count > 0)

@@ -17,6 +17,7 @@ import triton.language as tl
 from pallas_kernels import levels as lv
 from pallas_kernels.device_math import expm1_up, least, most, no_nan, product, rounded
 from pallas_kernels.judge import record as rc
+from pallas_kernels.judge.contract import Contract, fits_as_it_is
 from pallas_kernels.judge.record import ROWS
 from pallas_kernels.launch import launch
 from pallas_kernels.tile_facts import (
@@ -34,7 +35,10 @@ factor of two. Behind what is left at each of them come what the bound came to b
 of it."""
 
 COUNTS = tl.constexpr(lv.COUNTS)
-COARSE, PROMOTED, WHOLE = tl.constexpr(lv.COARSE), tl.constexpr(lv.PROMOTED), tl.constexpr(lv.PROMOTED + 1)
+LEVELS = tl.constexpr(lv.PROMOTED + 1)
+COARSE_FEE, VALUES_FEE = tl.constexpr(lv.FEES[lv.COARSE]), tl.constexpr(lv.FEES[lv.VALUES])
+SKIP, COARSE, VALUES, FINEST = (tl.constexpr(x) for x in (lv.SKIP, lv.COARSE, lv.VALUES, lv.FINEST))
+PROMOTED, WHOLE = tl.constexpr(lv.PROMOTED), tl.constexpr(lv.PROMOTED + 1)
 """Levels while they are chosen: some pieces of a tile, all of them."""
 
 KEPT, ANEW, REDO = tl.constexpr(rc.KEPT), tl.constexpr(rc.ANEW), tl.constexpr(rc.REDO)
@@ -47,37 +51,13 @@ LARGEST = tl.constexpr(1e30)
 
 
 @triton.jit
-def _fits(norm, own, shown, TOLERANCE: tl.constexpr, RELATIVE_TO: tl.constexpr, POOLED: tl.constexpr,
-          SHARES: tl.constexpr):  # fmt: skip
-    """Whether a row keeps its tolerance as it is, `[heads, C]`: what `_decide` says of nobody going dense."""
-    own = tl.where(shown, no_nan(own), 0.0)
-    if RELATIVE_TO == "layer":
-        # In units of the longest output, so that no square overflows or vanishes.
-        unit = 1 / least(most(tl.max(tl.max(norm, 1), 0), 2.0**-100), 2.0**100)
-        own, norm = own * unit, norm * unit
-        squares = tl.sum(tl.sum(norm * norm, 1), 0)
-        bounds = tl.sum(tl.sum(own * own, 1), 0)
-        if not POOLED:
-            worst = tl.max(tl.max(own, 1), 0)
-            bounds = worst * worst * SHARES
-        fits = (bounds <= (TOLERANCE * TOLERANCE * (1 - 2.0**-14)) * squares) & (squares < float("inf"))
-    else:
-        if RELATIVE_TO == "head":
-            allowed = tl.where(tl.abs(norm) < float("inf"), TOLERANCE * norm, 0.0)
-        else:
-            allowed = tl.full(norm.shape, TOLERANCE, tl.float32)
-        fits = tl.sum(tl.sum((~(own <= allowed) & shown).to(tl.int32), 1), 0) == 0
-    return fits
-
-
-@triton.jit
 def _offer(
     stats, kappa, eta, nu, sigma_k, sigma_v, rho_k, rho_v, facts, record, before, meta, layer,  # inputs
     asked, costs, shares, left,  # outputs
     H: tl.constexpr, HEADS: tl.constexpr, HEADS_UP: tl.constexpr, CHUNKS: tl.constexpr, NT: tl.constexpr,
     GROUP: tl.constexpr, C: tl.constexpr, T: tl.constexpr, RELATIVE_TO: tl.constexpr, TOLERANCE: tl.constexpr,
-    AIM: tl.constexpr, POOLED: tl.constexpr, COARSE_FEE: tl.constexpr, HOST_FEE: tl.constexpr, PIECES: tl.constexpr,
-    SUMMED: tl.constexpr, REFRESH: tl.constexpr, FLAGS: tl.constexpr,
+    AIM: tl.constexpr, POOLED: tl.constexpr, HOST_FEE: tl.constexpr, PIECES: tl.constexpr, SUMMED: tl.constexpr,
+    REFRESH: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
     h, chunk, at = tl.program_id(0), tl.program_id(1), tl.load(layer)
     row, col = tl.arange(0, HEADS_UP)[:, None], tl.arange(0, C)
@@ -85,15 +65,15 @@ def _offer(
     of = record + (h // HEADS * HEADS + row) * ROWS * C + col[None]
     norm, bound = tl.load(of, mask=shown, other=0.0), tl.load(of + 4 * C, mask=shown, other=0.0)
     length = tl.load(meta + h * 3 + 2)
-    fits = _fits(norm, bound, shown, TOLERANCE, RELATIVE_TO, POOLED, HEADS * GROUP)
+    fits = fits_as_it_is(norm, bound, shown, TOLERANCE, RELATIVE_TO, POOLED, HEADS * GROUP)
     what = tl.where(fits, tl.where((length + at) % REFRESH == 0, ANEW, KEPT), REDO)
     if chunk == 0:
         tl.store(asked + h, what)
     if what != KEPT:
         _offer_tiles(
             stats, kappa, eta, nu, sigma_k, sigma_v, rho_k, rho_v, facts, record, before, norm, meta, at, costs, shares,
-            left, H, HEADS, CHUNKS, NT, GROUP, C, T, RELATIVE_TO, AIM * TOLERANCE, POOLED, COARSE_FEE, HOST_FEE, PIECES,
-            SUMMED, FLAGS,
+            left, H, HEADS, CHUNKS, NT, GROUP, C, T, RELATIVE_TO, AIM * TOLERANCE, POOLED, HOST_FEE, PIECES, SUMMED,
+            FLAGS,
         )  # fmt: skip
 
 
@@ -103,7 +83,7 @@ def _offer_tiles(
     costs, shares, left,  # outputs
     H: tl.constexpr, HEADS: tl.constexpr, CHUNKS: tl.constexpr, NT: tl.constexpr, GROUP: tl.constexpr,
     C: tl.constexpr, T: tl.constexpr, RELATIVE_TO: tl.constexpr, TOLERANCE: tl.constexpr, POOLED: tl.constexpr,
-    COARSE_FEE: tl.constexpr, HOST_FEE: tl.constexpr, PIECES: tl.constexpr, SUMMED: tl.constexpr,
+    HOST_FEE: tl.constexpr, PIECES: tl.constexpr, SUMMED: tl.constexpr,
     FLAGS: tl.constexpr,
 ):  # fmt: skip
     h, chunk = tl.program_id(0), tl.program_id(1)
@@ -117,7 +97,7 @@ def _offer_tiles(
     active = (t >= first) & (t < end)
     noted = (at * H + h) * NT + t
     now = tl.load(before + h * FLAGS + t, mask=active, other=0)
-    now = tl.where(now == (3 | ((2**PIECES - 1) << 8)), WHOLE, now & 255)
+    now = tl.where(now == (PROMOTED | ((2**PIECES - 1) << 8)), WHOLE, now & 255)
     nu_peak = number(nu + noted, active)
     kappa_0, kappa_1 = number(kappa + noted * 2, active), number(kappa + noted * 2 + 1, active)
     sigma_k0, sigma_k1 = number(sigma_k + noted * 2, active), number(sigma_k + noted * 2 + 1, active)
@@ -149,33 +129,36 @@ def _offer_tiles(
     fine = least(linear_value_terms(a, scaled, eta_1, rho_v1), sigma_v2 * norm)
     of_total, of_room = (1 / total)[None], (1 / room)[None]
     shown = kept & active[:, None]
-    o0 = tl.where(shown, least(no_nan((coarse_keys + skipped) * of_total * of_room), LARGEST), 0.0)
-    o1 = tl.where(shown, least(no_nan((coarse_keys + coarse) * of_total * of_room), LARGEST), 0.0)
-    o2 = tl.where(shown, least(no_nan((fine_keys + fine) * of_total * of_room), LARGEST), 0.0)
+    o_skip = tl.where(shown, least(no_nan((coarse_keys + skipped) * of_total * of_room), LARGEST), 0.0)
+    o_coarse = tl.where(shown, least(no_nan((coarse_keys + coarse) * of_total * of_room), LARGEST), 0.0)
+    o_values = tl.where(shown, least(no_nan((coarse_keys + fine) * of_total * of_room), LARGEST), 0.0)
+    o_finest = tl.where(shown, least(no_nan((fine_keys + fine) * of_total * of_room), LARGEST), 0.0)
     heaviest = norm / most(a, 2.0**-120)
-    o3 = o2 * (1 - heaviest * heaviest)  # what may be left once the heaviest token's piece is read from the host
-    if POOLED:
-        c0 = tl.sqrt(tl.sum(o0 * o0, 1) * (1 / GROUP))
-        c1 = tl.sqrt(tl.sum(o1 * o1, 1) * (1 / GROUP))
-        c2 = tl.sqrt(tl.sum(o2 * o2, 1) * (1 / GROUP))
-        c3 = tl.sqrt(tl.sum(o3 * o3, 1) * (1 / GROUP))
-    else:
-        c0, c1, c2, c3 = tl.max(o0, 1), tl.max(o1, 1), tl.max(o2, 1), tl.max(o3, 1)
-    to = costs + h * 4 * NT + t
-    tl.store(to, c0, mask=t < NT)
-    tl.store(to + NT, c1, mask=t < NT)
-    tl.store(to + 2 * NT, c2, mask=t < NT)
-    tl.store(to + 3 * NT, c3, mask=t < NT)
+    o_some = o_finest * (1 - heaviest * heaviest)  # what may be left once the heaviest token's piece is read
+    c_skip, c_coarse = _of_group(o_skip, POOLED, GROUP), _of_group(o_coarse, POOLED, GROUP)
+    c_values, c_finest = _of_group(o_values, POOLED, GROUP), _of_group(o_finest, POOLED, GROUP)
+    c_some = _of_group(o_some, POOLED, GROUP)
+    to = costs + h * LEVELS * NT + t
+    tl.store(to, c_skip, mask=t < NT)
+    tl.store(to + COARSE * NT, c_coarse, mask=t < NT)
+    tl.store(to + VALUES * NT, c_values, mask=t < NT)
+    tl.store(to + FINEST * NT, c_finest, mask=t < NT)
+    tl.store(to + PROMOTED * NT, c_some, mask=t < NT)
     to = shares + (h * NT + t[:, None]) * (C // 2) + col[None]
-    tl.store(to, o2, mask=(t < NT)[:, None] & (col < C // 2)[None])
+    tl.store(to, o_finest, mask=(t < NT)[:, None] & (col < C // 2)[None])
 
     j = tl.arange(0, ROWS_OF_PRICES)
     price = tl.exp2(-j.to(tl.float32) / STEPS)[:, None]
-    level = _levels(c0[None], c1[None], c2[None], c3[None], price, COARSE_FEE, HOST_FEE, PIECES)  # [J, T]
+    level = _levels(
+        c_skip[None], c_coarse[None], c_values[None], c_finest[None], c_some[None], price, HOST_FEE, PIECES
+    )  # [J, T]
     level = tl.where((j < PRICES)[:, None], level, now[None])
     # Sums over tiles by the matrix unit; estimates may be off by the 2^-9 of its operands.
-    remains = product((level == 0).to(tl.float32), rounded(o0)) + product((level == 1).to(tl.float32), rounded(o1))
-    remains += product((level == 2).to(tl.float32), rounded(o2)) + product((level == 3).to(tl.float32), rounded(o3))
+    remains = product((level == SKIP).to(tl.float32), rounded(o_skip))
+    remains += product((level == COARSE).to(tl.float32), rounded(o_coarse))
+    remains += product((level == VALUES).to(tl.float32), rounded(o_values))
+    remains += product((level == FINEST).to(tl.float32), rounded(o_finest))
+    remains += product((level == PROMOTED).to(tl.float32), rounded(o_some))
     if chunk == 0:
         rounding = 1.25 * expm1_up(eps) * (nu_mean + h_bar) + SUMMED * nu_mean
         remains += tl.where(col < GROUP, no_nan(rounding / room), 0.0)[None]
@@ -186,26 +169,30 @@ def _offer_tiles(
 
 
 @triton.jit
-def _levels(skip, coarse, fine, some, price, COARSE_FEE: tl.constexpr, HOST_FEE: tl.constexpr,
-            PIECES: tl.constexpr):  # fmt: skip
-    """0 skip, 1 coarse, 2 finest, 3 promote a piece, 4 or all: whichever is the least, its fee included."""
-    coarse = coarse + COARSE_FEE * price
-    fine = fine + price
-    lowest = tl.minimum(tl.minimum(skip, coarse), fine)
-    level = tl.where(skip <= lowest, 0, tl.where(coarse <= lowest, 1, 2))
+def _of_group(shares, POOLED: tl.constexpr, GROUP: tl.constexpr):
+    """[T, C] -> [T]."""
+    return tl.sqrt(tl.sum(shares * shares, 1) * (1 / GROUP)) if POOLED else tl.max(shares, 1)
+
+
+@triton.jit
+def _levels(skip, coarse, values, finest, some, price, HOST_FEE: tl.constexpr, PIECES: tl.constexpr):  # fmt: skip
+    """Whichever is the least, its fee included; PROMOTED for a piece, WHOLE for all."""
+    coarse, values, finest = coarse + COARSE_FEE * price, values + VALUES_FEE * price, finest + price
+    lowest = tl.minimum(tl.minimum(skip, coarse), tl.minimum(values, finest))
+    level = tl.where(coarse <= lowest, COARSE, tl.where(values <= lowest, VALUES, FINEST))
+    level = tl.where(skip <= lowest, SKIP, level)
     some = some + price * (1 + HOST_FEE / PIECES)
     level = tl.where(some < lowest, PROMOTED, level)
     return tl.where(price * HOST_FEE < tl.minimum(lowest, some), WHOLE, level)
 
 
 @triton.jit
-def _level_at(costs, h, t, active, price, NT: tl.constexpr, COARSE_FEE: tl.constexpr, HOST_FEE: tl.constexpr,
-              PIECES: tl.constexpr):  # fmt: skip
-    of = costs + h * 4 * NT + t
+def _level_at(costs, h, t, active, price, NT: tl.constexpr, HOST_FEE: tl.constexpr, PIECES: tl.constexpr):
+    of = costs + h * LEVELS * NT + t
     return _levels(
-        tl.load(of, mask=active, other=0.0), tl.load(of + NT, mask=active, other=0.0),
-        tl.load(of + 2 * NT, mask=active, other=0.0), tl.load(of + 3 * NT, mask=active, other=0.0), price, COARSE_FEE,
-        HOST_FEE, PIECES,
+        tl.load(of, mask=active, other=0.0), tl.load(of + COARSE * NT, mask=active, other=0.0),
+        tl.load(of + VALUES * NT, mask=active, other=0.0), tl.load(of + FINEST * NT, mask=active, other=0.0),
+        tl.load(of + PROMOTED * NT, mask=active, other=0.0), price, HOST_FEE, PIECES,
     )  # fmt: skip
 
 
@@ -214,8 +201,8 @@ def _settle(
     costs, left, shares, weights, meta, asked, before,  # inputs
     words, counts, summary, held,  # outputs
     HEADS: tl.constexpr, HEADS_UP: tl.constexpr, NT: tl.constexpr, FLAGS: tl.constexpr, N_CHUNKS: tl.constexpr,
-    GROUP: tl.constexpr, C: tl.constexpr, T: tl.constexpr, POOLED: tl.constexpr, COARSE_FEE: tl.constexpr,
-    HOST_FEE: tl.constexpr, PIECES: tl.constexpr, MAX_PROMOTED: tl.constexpr, LEAST: tl.constexpr,
+    GROUP: tl.constexpr, C: tl.constexpr, T: tl.constexpr, POOLED: tl.constexpr, HOST_FEE: tl.constexpr,
+    PIECES: tl.constexpr, MAX_PROMOTED: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
     """A new plan where one is asked for, and what the cache keeps for the next step."""
     h, own = tl.program_id(0), tl.program_id(1)
@@ -223,7 +210,7 @@ def _settle(
     if what != KEPT:
         _settle_tiles(
             costs, left, shares, weights, meta, what, words, counts, summary, held, HEADS, HEADS_UP, NT, FLAGS,
-            N_CHUNKS, GROUP, C, T, POOLED, COARSE_FEE, HOST_FEE, PIECES, MAX_PROMOTED, LEAST,
+            N_CHUNKS, GROUP, C, T, POOLED, HOST_FEE, PIECES, MAX_PROMOTED, LEAST,
         )  # fmt: skip
     else:
         t = own * T + tl.arange(0, T)
@@ -241,8 +228,8 @@ def _settle_tiles(
     costs, left, shares, weights, meta, what,  # inputs
     words, counts, summary, held,  # outputs
     HEADS: tl.constexpr, HEADS_UP: tl.constexpr, NT: tl.constexpr, FLAGS: tl.constexpr, N_CHUNKS: tl.constexpr,
-    GROUP: tl.constexpr, C: tl.constexpr, T: tl.constexpr, POOLED: tl.constexpr, COARSE_FEE: tl.constexpr,
-    HOST_FEE: tl.constexpr, PIECES: tl.constexpr, MAX_PROMOTED: tl.constexpr, LEAST: tl.constexpr,
+    GROUP: tl.constexpr, C: tl.constexpr, T: tl.constexpr, POOLED: tl.constexpr, HOST_FEE: tl.constexpr,
+    PIECES: tl.constexpr, MAX_PROMOTED: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
     h, own = tl.program_id(0), tl.program_id(1)
     j, col, tile = tl.arange(0, ROWS_OF_PRICES), tl.arange(0, C // 2), tl.arange(0, T)
@@ -260,16 +247,18 @@ def _settle_tiles(
     price = tl.exp2(-dearer.to(tl.float32) / STEPS)
     first, end = tl.load(meta + h * 3), tl.load(meta + h * 3 + 1)
     # All programs of a head evaluate the same: what one counts is what the others store.
-    n_coarse, n_finest, n_promoted = tl.zeros((T,), tl.int32), tl.zeros((T,), tl.int32), tl.zeros((T,), tl.int32)
+    n_coarse, n_values = tl.zeros((T,), tl.int32), tl.zeros((T,), tl.int32)
+    n_finest, n_promoted = tl.zeros((T,), tl.int32), tl.zeros((T,), tl.int32)
     mine = tl.zeros((T,), tl.int32)
     for start in tl.range(0, NT, T, loop_unroll_factor=8):
         t = start + tile
         active = (t >= first) & (t < end)
-        level = _level_at(costs, h, t, active, price, NT, COARSE_FEE, HOST_FEE, PIECES)
-        level = tl.where(active, level, 0)
+        level = _level_at(costs, h, t, active, price, NT, HOST_FEE, PIECES)
+        level = tl.where(active, level, SKIP)
         mine = tl.where(start == own * T, level, mine)
-        n_coarse += (level == 1).to(tl.int32)
-        n_finest += (level == 2).to(tl.int32)
+        n_coarse += (level == COARSE).to(tl.int32)
+        n_values += (level == VALUES).to(tl.int32)
+        n_finest += (level == FINEST).to(tl.int32)
         n_promoted += (level >= PROMOTED).to(tl.int32)
     n_active, n_promoted = tl.maximum(end - first, 0), tl.sum(n_promoted, 0)
     stays = tl.where((n_promoted <= MAX_PROMOTED * n_active.to(tl.float32)) & (dearer < PRICES), 1, 0)
@@ -279,12 +268,13 @@ def _settle_tiles(
         to = counts + h * COUNTS
         tl.store(to, n_active * redo)
         tl.store(to + 1, tl.sum(n_coarse, 0) * stays * redo)
-        tl.store(to + 2, tl.sum(n_finest, 0) * stays * redo)
-        tl.store(to + 3, n_promoted * stays * redo)
-        tl.store(to + 4, (1 - stays) * redo)
+        tl.store(to + 2, tl.sum(n_values, 0) * stays * redo)
+        tl.store(to + 3, tl.sum(n_finest, 0) * stays * redo)
+        tl.store(to + 4, n_promoted * stays * redo)
+        tl.store(to + 5, (1 - stays) * redo)
 
     # Which pieces: each would add its share of the tile's weights.
-    word = tl.where(mine == WHOLE, 3 | ((2**PIECES - 1) << 8), mine)
+    word = tl.where(mine == WHOLE, PROMOTED | ((2**PIECES - 1) << 8), mine)
     rank = tl.cumsum((mine == PROMOTED).to(tl.int32), 0) - 1
     piece, token, i = tl.arange(0, PIECES), tl.arange(0, T), tl.arange(0, AT_ONCE)
     done, some = 0, tl.sum((mine == PROMOTED).to(tl.int32), 0)
@@ -305,9 +295,9 @@ def _settle_tiles(
         one, other = worth[:, :, None], worth[:, None]
         behind = (other < one) | ((other == one) & (piece[None] >= piece[:, None])[None])
         rest = tl.sum(tl.where(behind, other, 0.0), 2)
-        left_over = tl.load(costs + (h * 4 + 3) * NT + at, mask=valid, other=0.0)
+        left_over = tl.load(costs + (h * LEVELS + PROMOTED) * NT + at, mask=valid, other=0.0)
         dear = (~(rest <= left_over[:, None])).to(tl.int32)
-        bits = 3 | (tl.sum(dear << piece[None], 1) << 8)
+        bits = PROMOTED | (tl.sum(dear << piece[None], 1) << 8)
         chosen = tl.sum(tl.where(found, bits[:, None], 0), 0)
         word = tl.where(chosen > 0, chosen, word)
         done += AT_ONCE
@@ -316,7 +306,7 @@ def _settle_tiles(
     known = (t >= first) & (t < end) & (stays > 0)
     tl.store(held + h * FLAGS + t, tl.where(known, word, COARSE), mask=t < FLAGS)
     n = tl.sum((((word >> 8)[:, None] >> piece[None]) & 1), 1)
-    n += tl.where((mine == 2) | ((mine >= PROMOTED) & (n < PIECES)), TILES_READ, 0)
+    n += tl.where((mine == FINEST) | ((mine >= PROMOTED) & (n < PIECES)), TILES_READ, 0)
     block = tl.arange(0, T // LOOK)
     of_block = tl.sum(tl.reshape(n, (T // LOOK, LOOK)), 1) * redo
     tl.store(summary + (h * tl.num_programs(1) + own) * (T // LOOK) + block, of_block)
@@ -326,14 +316,9 @@ def _settle_tiles(
 class Terms:
     """Of a policy and a shape, what the plan depends on. Fees are in tiles read at their finest."""
 
-    heads: int  # KV heads of a sequence
-    group: int  # query heads of each
+    contract: Contract
     d: int
-    relative_to: str
-    tolerance: float
     aim: float  # of the tolerance
-    pooled: bool
-    coarse_fee: float
     host_fee: float
     max_promoted: float
     refresh: int  # steps after which a plan is made anew
@@ -358,29 +343,27 @@ def choose(
     heads, n_tiles, _, columns = stats.shape
     chunks, flags, d = -(-n_tiles // CHUNK), before.shape[1], terms.d
     i32, f32 = jnp.int32, jnp.float32
-    of_row = dict(HEADS=terms.heads, HEADS_UP=triton.next_power_of_2(terms.heads))
+    contract = terms.contract.constants
     common = dict(
-        NT=n_tiles, C=columns, POOLED=terms.pooled, COARSE_FEE=terms.coarse_fee, HOST_FEE=terms.host_fee,
-        GROUP=terms.group, PIECES=lv.pieces_of_a_tile(d), T=CHUNK,
+        NT=n_tiles, C=columns, HOST_FEE=terms.host_fee, GROUP=terms.contract.group, PIECES=lv.pieces_of_a_tile(d),
+        T=CHUNK, **{x: contract[x] for x in ("HEADS", "HEADS_UP", "POOLED")},
     )  # fmt: skip
     asked, costs, shares, left = launch(
         _offer, stats, *(notes[x] for x in NOTES), facts, record, before, meta, layer,
         out=[
             jax.ShapeDtypeStruct((heads,), i32),
-            jax.ShapeDtypeStruct((heads, 4, n_tiles), f32),
+            jax.ShapeDtypeStruct((heads, LEVELS.value, n_tiles), f32),
             jax.ShapeDtypeStruct((heads, n_tiles, columns // 2), f32),
             jax.ShapeDtypeStruct((heads, chunks, ROWS_OF_PRICES.value, columns // 2), f32),
         ],
-        grid=(heads, chunks), warps=8, H=heads, CHUNKS=chunks, RELATIVE_TO=terms.relative_to,
-        TOLERANCE=terms.tolerance, AIM=terms.aim, SUMMED=terms.summed, REFRESH=terms.refresh,
-        FLAGS=flags, **of_row, **common,
+        grid=(heads, chunks), warps=8, H=heads, CHUNKS=chunks, AIM=terms.aim, SUMMED=terms.summed,
+        REFRESH=terms.refresh, FLAGS=flags, **{x: contract[x] for x in ("RELATIVE_TO", "TOLERANCE")}, **common,
     )  # fmt: skip
     numbers = lv.length_of_summary(flags)
     *fresh, held = launch(
         _settle, costs, left, shares, weights, meta, asked, before,
         out=[jax.ShapeDtypeStruct((heads, n), i32) for n in (flags, COUNTS.value, numbers, flags)],
         grid=(heads, -(-flags // CHUNK)), warps=8, FLAGS=flags, N_CHUNKS=chunks, MAX_PROMOTED=terms.max_promoted,
-        LEAST=terms.least,
-        **of_row, **common,
+        LEAST=terms.least, **common,
     )  # fmt: skip
     return asked, fresh, held

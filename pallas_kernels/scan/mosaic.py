@@ -6,6 +6,9 @@ Twin: `scan/reference.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -13,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic as mg
-from pallas_kernels.levels import COARSE, TILE, level_of
+from pallas_kernels.levels import TILE, VALUES, by_scan, level_of
 from pallas_kernels.mosaic import SUMS
 from pallas_kernels.originals.mosaic import (
     ROWS,
@@ -26,11 +29,24 @@ from pallas_kernels.originals.mosaic import (
 from pallas_kernels.query import HALF, PARTS, SHIFT, SHIFT_EXACT, UNIT, UNIT_EXACT
 
 STAGES = 2
-"""Tiles on their way into shared memory."""
+"""Tiles whose keys are on their way into shared memory. Values are needed later in a visit, and have one slot: with
+more there would be room for two programs on a processor, not three."""
+
+
+class _Plane(NamedTuple):
+    """Of values: of which levels it is read, where from and where to, and what its codes are (`mosaic.add_values`)."""
+
+    read: Callable
+    source: Any
+    target: Any
+    ready: Any
+    width: int
+    unit: float
 
 
 def scan_tiles(
-    layer, meta, words, q, keys, key_scale, values, value_scale, nu, live, windows, *, splits: int, interpret=False
+    layer, meta, words, q, keys, key_scale, values, values_low, value_scale, nu, live, windows, *, splits: int,
+    interpret=False
 ):
     heads, n, d = keys.shape[1:]
     n_tiles, columns, f32 = n // TILE, q.parts.shape[2], jnp.float32
@@ -39,15 +55,16 @@ def scan_tiles(
     places = [(i, j) for i in range(len(windows) // 2) for j in range(windows[2 * i].shape[2] // TILE)]
 
     def kernel(
-        layer_ref, meta_ref, words_ref, q_ref, wide_ref, numbers_ref, k_ref, ks_ref, v_ref, vs_ref, nu_ref, live_ref,
-        *refs,
+        layer_ref, meta_ref, words_ref, q_ref, wide_ref, numbers_ref, k_ref, ks_ref, v_ref, v_low_ref, vs_ref, nu_ref,
+        live_ref, *refs,
     ):  # fmt: skip
         window_refs, refs = refs[: len(windows)], refs[len(windows) :]
         stats_ref, weights_ref, values_ref, acc_ref, sums_ref = refs
         h, split = lax.axis_index("h"), lax.axis_index("s")
         layer, first, end = layer_ref[0], meta_ref[h, 0], meta_ref[h, 1]
 
-        def stream(flags, numbers, stats, weights, out, barrier, ready, values_ready, k, ks, vs, nu, v, *queries):
+        def stream(flags, numbers, stats, weights, out, barrier, ready, high_ready, low_ready, k, ks, vs, nu, v, v_low,
+                   *queries):  # fmt: skip
             count = jnp.maximum((end - first - split + splits - 1) // splits, 0)
 
             def tile_at(i):
@@ -60,16 +77,17 @@ def scan_tiles(
                     for source, target in ((k_ref, k), (ks_ref, ks), (vs_ref, vs), (nu_ref, nu)):
                         plgpu.copy_gmem_to_smem(source.at[layer, h, here], target.at[slot], ready.at[slot])
 
-            def coarse(tile):
-                return level_of(mg.flag_of(flags, tile)) == COARSE
+            planes = (
+                _Plane(by_scan, v_ref, v, high_ready, 4, 0.25),
+                _Plane(lambda level: level == VALUES, v_low_ref, v_low, low_ready, 2, 1 / 64),
+            )
 
-            def fetch_values(i):
+            def fetch_values(plane, i):
                 tile = jnp.minimum(tile_at(i), n_tiles - 1)
 
-                @pl.when((i < count) & coarse(tile))
+                @pl.when((i < count) & plane.read(level_of(mg.flag_of(flags, tile))))
                 def _():
-                    slot = i % STAGES
-                    plgpu.copy_gmem_to_smem(v_ref.at[layer, h, tile], v.at[slot], values_ready.at[slot])
+                    plgpu.copy_gmem_to_smem(plane.source.at[layer, h, tile], plane.target, plane.ready)
 
             for i in range(STAGES):
                 fetch(jnp.int32(i))
@@ -78,8 +96,8 @@ def scan_tiles(
             for i, q in enumerate(queries):
                 plgpu.copy_gmem_to_smem(q_ref.at[h, i], q, barrier)
             plgpu.barrier_wait(barrier)
-            for i in range(STAGES):
-                fetch_values(jnp.int32(i))
+            for plane in planes:
+                fetch_values(plane, jnp.int32(0))
             unit, half, shift = (mg.over_rows(numbers[i], TILE) for i in (UNIT, HALF, SHIFT))
 
             def visit(i, acc):
@@ -96,18 +114,23 @@ def scan_tiles(
                 plgpu.copy_smem_to_gmem(weights.at[parity], weights_ref.at[h, tile])
                 fetch(i + STAGES)
 
-                def with_values(*acc):
-                    plgpu.barrier_wait(values_ready.at[slot])
-                    acc = mg.add_coarse_values(acc, v.at[slot], weights.at[parity], interpret)
-                    plgpu.commit_smem()  # a barrier: nor at its values
-                    return acc
+                level = level_of(mg.flag_of(flags, tile))
+                for plane in planes:
 
-                acc = lax.cond(coarse(tile), with_values, lambda *acc: acc, *acc)
-                fetch_values(i + STAGES)
+                    def with_values(*acc, plane=plane):
+                        plgpu.barrier_wait(plane.ready)
+                        acc = mg.add_values(
+                            acc, plane.target, plane.width, plane.unit, weights.at[parity], interpret
+                        )
+                        plgpu.commit_smem()  # a barrier: nor at its values
+                        return acc
+
+                    acc = lax.cond(plane.read(level), with_values, lambda *acc: acc, *acc)
+                    fetch_values(plane, i + 1)
                 return acc
 
             acc = lax.fori_loop(0, count, visit, (jnp.zeros((ROWS, columns), f32),) * (d // ROWS))
-            store_parts([part * 0.25 for part in acc], out, values_ref.at[h, split])
+            store_parts(acc, out, values_ref.at[h, split])
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(split < splits)
@@ -121,12 +144,14 @@ def scan_tiles(
                 plgpu.SMEM((d, columns), f32),
                 plgpu.Barrier(num_arrivals=2 + PARTS),
                 plgpu.Barrier(num_arrivals=4, num_barriers=STAGES),
-                plgpu.Barrier(num_arrivals=1, num_barriers=STAGES),
+                plgpu.Barrier(num_arrivals=1),
+                plgpu.Barrier(num_arrivals=1),
                 mg.tile_ref((TILE, d), jnp.int8, STAGES),
                 plgpu.SMEM((STAGES, TILE), jnp.bfloat16),
                 plgpu.SMEM((STAGES, TILE), jnp.bfloat16),
                 plgpu.SMEM((STAGES, TILE), jnp.uint8),
-                mg.tile_ref((d, TILE // 2), jnp.int8, STAGES),
+                mg.tile_ref((d, TILE // 2), jnp.int8),
+                mg.tile_ref((d, TILE // 4), jnp.int8),
                 *[mg.tile_ref((columns, d), jnp.int8)] * PARTS,
             )
 
@@ -181,5 +206,6 @@ def scan_tiles(
         interpret=interpret,
     )
     return run(
-        layer, meta, words, q.parts, q.wide, q.numbers, keys, key_scale, values, value_scale, nu, live, *windows
-    )
+        layer, meta, words, q.parts, q.wide, q.numbers, keys, key_scale, values, values_low, value_scale, nu, live,
+        *windows,
+    )  # fmt: skip

@@ -21,6 +21,7 @@ def scan_tiles(
     keys: jax.Array,  # [L, H, N, d] int8
     key_scale: jax.Array,  # [L, H, N] bfloat16
     values: jax.Array,  # [L, H, NT, d, 64] int8
+    values_low: jax.Array,  # [L, H, NT, d, 32] int8
     value_scale: jax.Array,  # [L, H, N] bfloat16
     nu: jax.Array,  # [L, H, N] uint8, shares of the tile's peak
     live: jax.Array,  # [H, W] int32, tokens that each window tile holds, its first ones
@@ -41,7 +42,7 @@ def scan_tiles(
     weights : [H, NT, C, 128] bfloat16
         `w value_scale` for the second pass, see `in_two_halves`. Of tiles that are not read: anything.
     coarse : [H, S, d, C]
-        Of tiles at level COARSE what `attend_coarse` returns.
+        Of tiles at levels COARSE and VALUES what `attend_coarse` returns.
     acc, sums : [H, W, d, C], [H, W, 4, C]
         Of every window tile what `attend_originals` returns.
 
@@ -61,7 +62,7 @@ def scan_tiles(
     stats = jnp.where(read[..., None, None], stats, 0.0)
     weights = in_two_halves(weighted).reshape(heads, n // TILE, TILE, 2 * columns).swapaxes(2, 3)
     words = jnp.where(read, words[:, : n // TILE], SKIP)
-    coarse = attend_coarse(layer, words, None, weights, values, splits=splits)
+    coarse = attend_coarse(layer, words, None, weights, values, values_low, splits=splits)
     found = []
     for kept in zip(windows[::2], windows[1::2], strict=True):
         for tile in range(kept[0].shape[2] // TILE):

@@ -59,8 +59,8 @@ def test_layers_of_random_parameters_differ():
 def test_records_are_stacked_over_layers_in_order():
     params = init_params(tiny.GQA, jax.random.key(0))
 
-    def attend(q, k, v, cache, layer):
-        return q, cache, {"layer": layer, "sum": q.sum((1, 3))}
+    def attend(q, k, v, cache, layer, project):
+        return project(q), cache, {"layer": layer, "sum": q.sum((1, 3))}
 
     at = jnp.zeros(2, jnp.int32)
     logits, _, records = decode_step(tiny.GQA, params, None, at, at, attend)
@@ -74,8 +74,9 @@ def test_plug_may_answer_in_float32_whatever_the_model_dtype():
     params = init_params(config, jax.random.key(0))
     one = jnp.zeros((1, 1), jnp.int32)
     hidden, _, _ = forward(
-        config, params, one, one, None, lambda q, k, v, cache, layer: (q.astype(jnp.float32), cache, None)
-    )
+        config, params, one, one, None,
+        lambda q, k, v, cache, layer, project: (project(q.astype(jnp.float32)), cache, None),
+    )  # fmt: skip
     assert hidden.dtype == jnp.bfloat16 and unembed(config, params, hidden).dtype == jnp.float32
 
 
@@ -86,10 +87,10 @@ def test_cache_with_a_tier_in_host_memory_passes_through_the_layers():
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind=kind)
     tier2 = jax.device_put(jnp.zeros(shape), place)
 
-    def attend(q, k, v, cache, layer):
+    def attend(q, k, v, cache, layer, project):
         assert jax.typeof(cache).memory_space == jax.memory.Space.Host
         k = jax.device_put(k[None], jax.memory.Space.Host)
-        return q, jax.lax.dynamic_update_slice(cache, k, (layer, 0, 0, 0, 0)), None
+        return project(q), jax.lax.dynamic_update_slice(cache, k, (layer, 0, 0, 0, 0)), None
 
     step = jax.jit(lambda p, c, t: decode_step(tiny.GQA, p, c, t, t, attend), donate_argnums=1)
     _, cache, _ = step(params, tier2, jnp.zeros(1, jnp.int32))

@@ -42,7 +42,7 @@ def empty_cache(config: LlamaConfig, batch: int, max_length: int, fill: float = 
     return cache.replace(keys=cache.keys + fill, values=cache.values + fill)
 
 
-def dense_attend(q, k, v, cache: DenseKVCache, layer):
+def dense_attend(q, k, v, cache: DenseKVCache, layer, project):
     """One token per sequence, stored at `length`; softmax over everything stored; the record is `sum(out)`."""
     b, _, n_heads, d = q.shape
     cache = cache.write(k, v, layer, cache.length)
@@ -53,4 +53,4 @@ def dense_attend(q, k, v, cache: DenseKVCache, layer):
     w = jax.nn.softmax(jnp.where(seen, s, -jnp.inf), axis=-1)
     values = jnp.where(seen.swapaxes(-1, -2), values, 0.0)
     out = jnp.einsum("bhgn,bhnd->bhgd", w, values, precision="highest").reshape(b, 1, n_heads, d)
-    return out, cache, out.sum((1, 3))
+    return project(out), cache, out.sum((1, 3))

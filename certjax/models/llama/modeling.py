@@ -14,6 +14,7 @@ Shape letters: b batch, T tokens, D d_model, F d_ff, V vocabulary, Hq/Hkv query/
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -26,12 +27,26 @@ from jax import lax
 from certjax.models.llama.config import LlamaConfig
 from certjax.models.llama.rope import rotate, rotation
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array, Any, jax.Array], tuple[jax.Array, Any, Any]]
-"""The attention plug, `attend(q, k, v, cache, layer) -> (out, cache, record)`.
+
+@dataclasses.dataclass(frozen=True)
+class Project:
+    """The output projection of a layer: [b, T, Hq, d] of any float dtype -> [b, T, D]."""
+
+    linear: Callable[[jax.Array], jax.Array]
+    weights: dict[str, jax.Array]
+    """`kernel` and perhaps `bias` of all layers, for kernels that take them where they lie: a slice would be copied."""
+
+    def __call__(self, out: jax.Array) -> jax.Array:
+        return self.linear(out)
+
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Any, jax.Array, Project], tuple[jax.Array, Any, Any]]
+"""The attention plug, `attend(q, k, v, cache, layer, project) -> (project(out), cache, record)`.
 
 `q` [b, T, Hq, d]; `k`, `v` [b, T, Hkv, d], after the rotary embedding, in the compute dtype; `layer` [] int32;
-`out` [b, T, Hq, d] of any float dtype. `cache` is any pytree, that of all layers: the plug updates it in place at
-index `layer`. `record` is any pytree; the model returns it stacked over layers.
+`out` [b, T, Hq, d]. `cache` is any pytree, that of all layers: the plug updates it in place at index `layer`. `record`
+is any pytree; the model returns it stacked over layers. A plug has the projection to itself, so that it may project
+what it is not yet sure of, and again where that did not do.
 """
 
 
@@ -47,8 +62,8 @@ def init_params(config: LlamaConfig, key: jax.Array) -> dict:
         hidden, _, _ = model(one, one, None)
         return model.unembed(hidden)
 
-    def ignore(q, k, v, cache, layer):
-        return q, cache, None
+    def ignore(q, k, v, cache, layer, project):
+        return project(q), cache, None
 
     return Llama(config, ignore).init(key, method=touch_everything)["params"]
 
@@ -75,7 +90,7 @@ def forward(
     cache
     records : leaves `[L, ...]`
     """
-    return Llama(config, attend).apply({"params": params}, tokens, positions, cache)
+    return Llama(config, attend, params["layers"]["attn"]["o_proj"]).apply({"params": params}, tokens, positions, cache)
 
 
 def unembed(config: LlamaConfig, params: dict, hidden: jax.Array) -> jax.Array:
@@ -153,6 +168,10 @@ class Linear(nn.Module):
         return y + self.param("bias", nn.initializers.zeros, (self.features,), dtype).astype(y.dtype)
 
 
+def _rows(config: LlamaConfig, out: jax.Array) -> jax.Array:
+    return out.reshape(*out.shape[:2], -1).astype(config.dtype)
+
+
 class Embed(nn.Module):
     """The token embedding, and its transpose as the output layer of models that tie the two."""
 
@@ -184,10 +203,11 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections and rotary embedding around the plug."""
+    """Projections and rotary embedding around the plug. `output`: the last one's weights, of all layers."""
 
     config: LlamaConfig
     attend: Attend
+    output: dict[str, jax.Array] | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, cache: Any, layer: jax.Array, turn: tuple[jax.Array, jax.Array]):
@@ -200,9 +220,12 @@ class Attention(nn.Module):
         q = rotate(heads("q_proj", c.n_heads), *turn)  # [b, T, Hq, d]
         k = rotate(heads("k_proj", c.n_kv_heads), *turn)  # [b, T, Hkv, d]
         v = heads("v_proj", c.n_kv_heads)
-        out, cache, record = self.attend(q, k, v, cache, layer)
-        out = out.reshape(*x.shape[:2], c.n_heads * c.head_dim).astype(c.dtype)
-        return Linear(c, c.d_model, c.attention_bias, name="o_proj")(out), cache, record
+        own = Linear(c, c.d_model, c.attention_bias, name="o_proj")
+
+        def here(out):
+            return own(_rows(c, out))
+
+        return self.attend(q, k, v, cache, layer, Project(here, self.output))
 
 
 class MLP(nn.Module):
@@ -223,12 +246,13 @@ class Block(nn.Module):
 
     config: LlamaConfig
     attend: Attend
+    output: dict[str, jax.Array] | None = None
 
     @nn.compact
     def __call__(self, carry: tuple[jax.Array, Any], layer: jax.Array, turn: tuple[jax.Array, jax.Array]):
         c = self.config
         x, cache = carry
-        out, cache, record = Attention(c, self.attend, name="attn")(
+        out, cache, record = Attention(c, self.attend, self.output, name="attn")(
             RMSNorm(c, name="attn_norm")(x), cache, layer, turn
         )
         x = x + out
@@ -237,10 +261,12 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """The model; use the functions above unless you need a module. `attend` may be None for `unembed` alone."""
+    """The model; use the functions above unless you need a module. `attend` may be None for `unembed` alone; `output`
+    is `Attention`'s."""
 
     config: LlamaConfig
     attend: Attend | None = None
+    output: dict[str, jax.Array] | None = None
 
     def setup(self):
         c = self.config
@@ -255,7 +281,7 @@ class Llama(nn.Module):
             check_constancy_invariants=False,
         )
         self.embed = Embed(c)
-        self.layers = layers(c, self.attend)
+        self.layers = layers(c, self.attend, self.output)
         self.final_norm = RMSNorm(c)
         if not c.tie_embeddings:
             self.lm_head = Linear(c, c.vocab_size, out_dtype=jnp.float32)
