@@ -48,9 +48,10 @@ def step_table(rows: list[dict[str, Any]]) -> str:
         [
             [
                 r["context"], r["batch"], r["workload"], r["backend"], r["without attention"]["p50"], r["dense"],
-                r["dense mode"]["p50"], r["naive"]["p50"],
+                *(r[name]["p50"] if name in r else "" for name in ("dense mode", "naive")),
                 " / ".join(str(r["certified"][p]) for p in ("p50", "p95", "p99")),
-                r["certified, planned anew"]["p50"], r["naive_over_dense"], r["certified_over_dense"],
+                r["certified, planned anew"]["p50"] if "certified, planned anew" in r else "",
+                r.get("naive_over_dense", ""), r["certified_over_dense"],
                 r["paged_in_MB_a_step, certified"], " ".join(map(str, r["rungs, certified"])),
                 r["device_bytes_over_dense"],
             ]

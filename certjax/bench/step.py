@@ -38,6 +38,9 @@ MODES = "certified", ANEW, "naive", "without attention"
 """What one cache serves, each for `LOOPS` loops. Every step has the same queries, so that plans hold; where they are
 planned anew, the bound of no layer holds (`bench.attention.forgetful`)."""
 
+QUICK = "certified", "without attention"
+"""What certified over dense is made of."""
+
 
 def room(policy: Policy) -> int:
     """Tokens that the modes append, in whole blocks."""
@@ -97,9 +100,16 @@ def many(config: LlamaConfig, mode: str, policy: Policy, steps: int, params: Any
 
 
 def run(
-    config: LlamaConfig, policy: Policy, contexts: list[int], batches: list[int], kinds: list[str], *, seed: int = 0
+    config: LlamaConfig,
+    policy: Policy,
+    contexts: list[int],
+    batches: list[int],
+    kinds: list[str],
+    *,
+    seed: int = 0,
+    quick: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """One row a context, batch and workload.
+    """One row a context, batch and workload. `quick`: certified and dense alone.
 
     Yields
     ------
@@ -114,28 +124,32 @@ def run(
         for batch in batches:
             attention = _dense_attention(config, n, batch, seed)
             for kind in kinds:
-                yield _row(config, policy, params, n, batch, kind, attention, seed)
+                yield _row(config, policy, params, n, batch, kind, attention, seed, quick)
 
 
-def _row(config: LlamaConfig, policy: Policy, params, n: int, batch: int, kind: str, attention: float, seed: int):
+def _row(
+    config: LlamaConfig, policy: Policy, params, n: int, batch: int, kind: str, attention: float, seed: int, quick: bool
+) -> dict[str, Any]:
     cache = jax.block_until_ready(tiered_cache(config, policy, kind, params, n, batch, jax.random.key(seed + 1)))
     sizes = cache.nbytes()
     row: dict[str, Any] = {
         "context": n, "batch": batch, "workload": kind, "layers": config.n_layers,
         "backend": pick_backend(policy, cache, config.n_heads),
     }  # fmt: skip
-    for name in MODES:  # all compiled alike
+    for name in QUICK if quick else MODES:  # all compiled alike
         row[name], cache, kept = timed(config, name, policy, params, cache, n)
         if kept is not None:
             rung, paged = (np.asarray(x) for x in kept)
             row[f"rungs, {name}"] = np.bincount(rung.ravel(), minlength=5).tolist()
             row[f"paged_in_MB_a_step, {name}"] = round(float(paged.sum()) / STEPS / 1e6, 3)
     del cache
-    row["dense mode"], _, _ = timed(config, "dense", policy, params, dense_cache(config, n, batch), n)
+    if not quick:
+        row["dense mode"], _, _ = timed(config, "dense", policy, params, dense_cache(config, n, batch), n)
     row["dense attention, all layers"] = round(attention, 3)
     row["dense"] = round(row["without attention"]["p50"] + attention, 3)
     row["certified_over_dense"] = round(row["certified"]["p50"] / row["dense"], 3)
-    row["naive_over_dense"] = round(row["naive"]["p50"] / row["dense"], 3)
+    if not quick:
+        row["naive_over_dense"] = round(row["naive"]["p50"] / row["dense"], 3)
     row["device_bytes_over_dense"] = round((sizes["tier1"] + sizes["windows"]) / sizes["tier2"], 4)
     return row
 

@@ -93,12 +93,13 @@ def attention_command(contexts, batches, workloads, tolerance, out, as_json) -> 
 @_batches
 @click.option("--workloads", default="concentrated", show_default=True, help="Comma separated.")
 @_tolerance
+@click.option("--quick", is_flag=True, help="Certified and dense alone.")
 @_out
 @json_option
-def step_command(contexts, batches, workloads, tolerance, out, as_json) -> None:
+def step_command(contexts, batches, workloads, tolerance, quick, out, as_json) -> None:
     """A whole decode step of LLaMA 3.1 8B's shape with random weights (needs about 60 GB of GPU memory at 128K)."""
-    of_8b = functools.partial(step.run, step.LLAMA_3_1_8B)
-    _measure("step", of_8b, report.step_table, contexts, batches, workloads, tolerance, out, as_json)
+    of_8b, what = functools.partial(step.run, step.LLAMA_3_1_8B, quick=quick), "step --quick" if quick else "step"
+    _measure(what, of_8b, report.step_table, contexts, batches, workloads, tolerance, out, as_json)
 
 
 def _measure(what, run, table, contexts, batches, workloads, tolerance, out, as_json) -> None:
