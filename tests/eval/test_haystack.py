@@ -4,7 +4,7 @@ import re
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from certjax.errors import InvalidArgumentError
@@ -20,6 +20,8 @@ from certjax.eval.tasks.haystack import Essay, Fresh, insert, words
     room=st.integers(1, 200_000),
     minimum=st.integers(1, 300),
 )
+@example(slope=1.0, fixed=5, wobble=0, room=11, minimum=1)  # the fixed part alone is more than what is left
+@example(slope=1.0, fixed=1, wobble=1, room=6, minimum=1)  # two lengths count the same
 def test_longest_text_fits_and_wastes_little(slope, fixed, wobble, room, minimum):
     def size(text):
         n = len(text)
@@ -31,12 +33,13 @@ def test_longest_text_fits_and_wastes_little(slope, fixed, wobble, room, minimum
         calls.append(n)
         return "x" * n
 
-    text = longest(build, size, room, minimum, maximum=room)
+    maximum = max(minimum, room)
+    text = longest(build, size, room, minimum, maximum)
     if size("x" * minimum) > room:
         assert len(text) == minimum
     else:
         assert size(text) <= room
-        assert len(text) == room or room - size(text) <= max(2 * slope + 2 * wobble + 2, 2 * SLACK * room)
+        assert len(text) == maximum or room - size(text) <= max(2 * slope + 2 * wobble + 2, 2 * SLACK * room)
     assert len(calls) <= 12
 
 

@@ -60,14 +60,15 @@ def longest(build: Callable[[int], str], count: Callable[[str], int], room: int,
     low, best = minimum, build(minimum)
     first = used = count(best)
     high, over = maximum + 1, None
-    rate = first / minimum  # tokens a unit, too high while it holds the fixed part as well
-    while high - low > 1 and room - used >= max(rate, SLACK * room):
-        n = min(low + max(1, int((room - used) / rate)), high - 1)
+    rate, spare = first / minimum, 1.0  # tokens a unit, too high while it holds the fixed part as well
+    while high - low > 1 and room - used >= max(spare, SLACK * room):
+        # Counts of nearly the same text may be equal, or fall.
+        n = min(low + max(1, int((room - used) / rate) if rate > 0 else (high - low) // 2), high - 1)
         text = build(n)
         tokens = count(text)
         if tokens <= room:
             low, used, best = n, tokens, text
         else:
             high, over = n, tokens
-        rate = (used - first) / (low - minimum) if over is None else (over - used) / (high - low)
+        rate = spare = (used - first) / (low - minimum) if over is None else (over - used) / (high - low)
     return best
