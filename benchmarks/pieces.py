@@ -95,13 +95,13 @@ def _mosaic(n: int):
         return jax.ShapeDtypeStruct(shape, dtype)
 
     q = qr.Operands(
-        of(jnp.int8, HEADS, 3, 8, D), of(jnp.bfloat16, HEADS, 6, 8, D), of(jnp.float32, HEADS, 7, 8)
+        of(jnp.int8, HEADS, 3, 8, D), of(jnp.bfloat16, HEADS, 6, 8, D), of(jnp.float32, HEADS, qr.NUMBERS, 8)
     )  # fmt: skip
     scale, windows = of(jnp.bfloat16, 1, HEADS, n), (of(jnp.bfloat16, 1, HEADS, 128, D),) * 2
     arguments = (
         of(jnp.int32, 1), of(jnp.int32, HEADS, 3), of(jnp.int32, HEADS, n // 128), q, of(jnp.int8, 1, HEADS, n, D),
-        scale, of(jnp.int8, 1, HEADS, n // 128, D, 64), scale, of(jnp.uint8, 1, HEADS, n), of(jnp.int32, HEADS, 1),
-        windows,
+        scale, of(jnp.int8, 1, HEADS, n // 128, D, 64), of(jnp.int8, 1, HEADS, n // 128, D, 32), scale,
+        of(jnp.uint8, 1, HEADS, n), of(jnp.int32, HEADS, 1), windows,
     )  # fmt: skip
     for stages, splits in ((2, 46), (2, 30), (3, 30), (2, 94), (2, 62)):
         scan.STAGES = stages
@@ -145,11 +145,13 @@ def _random(shape, dtype: str, n: int):
     import jax.numpy as jnp
     import numpy as np
 
+    from pallas_kernels import levels as lv
+
     rng, tiles = np.random.default_rng(0), n // 128
     # Every head is asked to be judged once more.
     known = {
         (1,): 0, (HEADS,): 2, (HEADS, 3): [1, tiles - 2, n], (HEADS, 1): 128,
-        (HEADS, 5): [tiles - 3, tiles // 2, 0, 0, 0],
+        (HEADS, lv.COUNTS): [tiles - 3, tiles // 2, *[0] * (lv.COUNTS - 2)],
     }  # fmt: skip
     if tuple(shape) == (HEADS, tiles):  # a plan: as many values are read as of concentrated scores
         return (rng.random(shape) < {256: 0.12, 1024: 0.62}.get(tiles, 0.3)).astype(np.int32)

@@ -96,7 +96,7 @@ def value(x: Fixed) -> jax.Array:
     return together(jnp.moveaxis(x.parts, 1, 0)) * x.scale[..., None]
 
 
-UNIT, HALF, SHIFT, LOW_UNIT, HALF_FINE, UNIT_EXACT, SHIFT_EXACT = range(7)
+UNIT, HALF, SHIFT, LOW_UNIT, HALF_FINE, UNIT_EXACT, SHIFT_EXACT = range(NUMBERS := 7)
 """Rows of `Operands.numbers`. The score of a token, in units of log 2 and less the reference, is
 `(UNIT q.k + HALF) scale + SHIFT` for 8-bit keys, `(UNIT q.k + LOW_UNIT q.low + HALF_FINE) scale + SHIFT` for 12-bit
 keys, and `UNIT_EXACT q.k + SHIFT_EXACT` for original keys."""

@@ -2,8 +2,9 @@
 Triton kernels do in eleven.
 
 They hand each other what they found in global memory: prepare, scan, judge, plan; coarse, fine, and judge again (which
-do nothing where the plan of the step before has served); decide, dense, finish. What each of the small ones computes is
-written in `jnp` in `operands`, `bound`, `plan` and `ladder`, its twins.
+do nothing where the plan of the step before has served); decide, dense, finish. What is done next with the output
+begins with the candidate, beside all that comes after judge. What each of the small ones computes is written in `jnp`
+in `operands`, `bound`, `plan` and `ladder`, its twins.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from pallas_kernels.levels import (
 )
 from pallas_kernels.mosaic import SUMS
 from pallas_kernels.originals.mosaic import ROWS, attend_promoted_pieces, scratch_of_pieces
-from pallas_kernels.query import HALF_FINE, LOW_UNIT, PARTS, SHIFT, UNIT, together
+from pallas_kernels.query import HALF_FINE, LOW_UNIT, NUMBERS, PARTS, SHIFT, UNIT, together
 
 
 def _refine(h, split, layer, words_ref, summary_ref, q_refs, tier1_refs, acc_ref, stats_ref, splits, interpret):
@@ -125,7 +125,7 @@ def _scratch(rows: tuple[int, int], chunks: tuple[int, int], splits: int, column
         plgpu.SMEM(chunks, jnp.int32),
         plgpu.SMEM((mg.most_listed(rows[0] * rows[1], splits),), jnp.int32),
         plgpu.SMEM((d, columns), jnp.float32),
-        plgpu.SMEM((7, columns), jnp.float32),
+        plgpu.SMEM((NUMBERS, columns), jnp.float32),
         plgpu.SMEM((SUMS, columns), jnp.float32),
         plgpu.Barrier(num_arrivals=3 + 3 * PARTS),
         plgpu.Barrier(num_arrivals=7),

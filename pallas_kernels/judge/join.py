@@ -73,10 +73,11 @@ def _join(
     coarse, fine, window_acc, window_sums, host_acc, host_sums, counts, asked,  # inputs
     joined, exact,  # outputs
     S: tl.constexpr, FINE_S: tl.constexpr, W: tl.constexpr, P: tl.constexpr, P_UP: tl.constexpr, C: tl.constexpr,
-    D: tl.constexpr, CHANNELS: tl.constexpr, HIGHEST: tl.constexpr,
+    D: tl.constexpr, CHANNELS: tl.constexpr, HIGHEST: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
     h, share = tl.program_id(0), tl.program_id(1)
-    if tl.load(asked + h) == REDO:
+    what = REDO if FIRST else tl.load(asked + h)
+    if what == REDO:
         size: tl.constexpr = D * C
         flat, col = share * (CHANNELS * C) + tl.arange(0, CHANNELS * C), tl.arange(0, C)
         of = counts + h * COUNTS
@@ -113,18 +114,19 @@ def join(
     windows: tuple[jax.Array, jax.Array],  # [H, W, d, C], [H, W, 4, C]
     promoted: tuple[jax.Array, jax.Array],  # [H, P, d, C], [H, P, 4, C]
     counts: jax.Array,  # [H, COUNTS] int32
-    asked: jax.Array,  # [H] int32, heads that are not REDO are left out
+    asked: jax.Array | None,  # [H] int32, heads that are not REDO are left out; without, none is
     highest: float,
 ) -> list[jax.Array]:
     """`[H, 2, d, C]`, of tier 1 and of originals, both halves of the columns added up in each; and `[H, 4, C]`."""
     heads, splits, d, columns = coarse.shape
     from_host, f32 = promoted[0].shape[1], jnp.float32
     return launch(
-        _join, coarse, fine, *windows, *promoted, counts, asked,
+        _join, coarse, fine, *windows, *promoted, counts, counts if asked is None else asked,
         out=[
             jax.ShapeDtypeStruct((heads, 2, d, columns), f32),
             jax.ShapeDtypeStruct((heads, 4, columns), f32),
         ],
         grid=(heads, d // CHANNELS), S=splits, FINE_S=fine.shape[1], W=windows[0].shape[1], P=from_host,
         P_UP=min(16, triton.next_power_of_2(from_host)), C=columns, D=d, CHANNELS=CHANNELS, HIGHEST=highest,
+        FIRST=asked is None,
     )  # fmt: skip

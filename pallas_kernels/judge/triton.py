@@ -129,9 +129,10 @@ def _tally(
     words, stats, fine_stats, kappa, eta, nu, sigma_k, sigma_v, rho_k, rho_v, facts, meta, layer, asked,  # inputs
     sums, kappa_max,  # outputs
     H: tl.constexpr, NT: tl.constexpr, FLAGS: tl.constexpr, C: tl.constexpr, T: tl.constexpr,
-    ALL_PIECES: tl.constexpr,
+    ALL_PIECES: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
-    if tl.load(asked + tl.program_id(0)) == REDO:
+    what = REDO if FIRST else tl.load(asked + tl.program_id(0))
+    if what == REDO:
         _tally_tiles(
             words, stats, fine_stats, kappa, eta, nu, sigma_k, sigma_v, rho_k, rho_v, facts, meta, layer, sums,
             kappa_max, H, NT, FLAGS, C, T, ALL_PIECES,
@@ -323,10 +324,8 @@ def judge(
     found: Found, layer: Layer, rounding: Rounding, *, group: int, canary: bool
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Outputs `[H, group, d]`, and the rows of `record`, `[H, ROWS, C]`, float32."""
-    heads = found.counts.shape[0]
-    asked = np.full(heads, rc.REDO, np.int32)
-    shapes, arrays, constants = _of_heads(found, layer, asked, rounding, group, canary)
-    return launch(_judge, *arrays, out=shapes, grid=(heads,), warps=8, **constants)
+    shapes, arrays, constants = _of_heads(found, layer, None, rounding, group, canary)
+    return launch(_judge, *arrays, out=shapes, grid=(found.counts.shape[0],), warps=8, **constants)
 
 
 def judge_again(
@@ -342,7 +341,7 @@ def judge_again(
     )  # fmt: skip
 
 
-def _of_heads(found: Found, layer: Layer, asked: jax.Array, rounding: Rounding, group: int, canary: bool):
+def _of_heads(found: Found, layer: Layer, asked: jax.Array | None, rounding: Rounding, group: int, canary: bool):
     """Shapes of outputs, and what `_judge_head` takes: arrays, constants."""
     heads, n_tiles, _, columns = found.scanned.shape
     d, f32, blocks = found.coarse.shape[2], jnp.float32, found.summary.shape[1]
@@ -350,13 +349,13 @@ def _of_heads(found: Found, layer: Layer, asked: jax.Array, rounding: Rounding, 
     shape = dict(H=heads, NT=n_tiles, C=columns)
     tallied = launch(
         _tally, found.words, found.scanned, found.fine[1], *(layer.notes[x] for x in NOTES), layer.facts, layer.meta,
-        layer.index, asked,
+        layer.index, found.counts if asked is None else asked,
         out=[
             jax.ShapeDtypeStruct((heads, parts, columns, ADDED.value), f32),
             jax.ShapeDtypeStruct((heads, parts), f32),
         ],
         grid=(heads, parts), FLAGS=found.words.shape[1], T=tiles, ALL_PIECES=lv.word(lv.PROMOTED, lv.every_piece(d)),
-        **shape,
+        FIRST=asked is None, **shape,
     )  # fmt: skip
     joined = join(
         found.coarse, found.fine[0], found.windows, found.promoted, found.counts, asked, rounding.highest

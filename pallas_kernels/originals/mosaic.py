@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic as mg
 from pallas_kernels.levels import TILE, pieces_of_a_tile, tokens_of_a_piece
-from pallas_kernels.query import PARTS, SHIFT_EXACT, UNIT_EXACT, together
+from pallas_kernels.query import NUMBERS, PARTS, SHIFT_EXACT, UNIT_EXACT, together
 
 ROWS = 64
 """Tokens, or channels, that are looked at at once: what a whole tile takes of registers would leave room for fewer
@@ -211,7 +211,7 @@ def scratch_of_pieces(rows: tuple[int, int], summary: tuple[int, int], parts: in
 def _scratch(rows: tuple[int, int], listed: int, copies: int, columns: int, d: int) -> list:
     return [
         plgpu.SMEM(rows, jnp.int32),
-        plgpu.SMEM((7, columns), jnp.float32),
+        plgpu.SMEM((NUMBERS, columns), jnp.float32),
         plgpu.SMEM((listed,), jnp.int32),
         plgpu.SMEM((d, columns), jnp.float32),
         plgpu.SMEM((4, columns), jnp.float32),

@@ -129,7 +129,7 @@ def prepare_queries(
         out=[
             jax.ShapeDtypeStruct((heads, qr.PARTS, columns, d), jnp.int8),
             jax.ShapeDtypeStruct((heads, 2 * qr.PARTS, columns, d), jnp.bfloat16),
-            jax.ShapeDtypeStruct((heads, 7, columns), f32),
+            jax.ShapeDtypeStruct((heads, qr.NUMBERS, columns), f32),
             jax.ShapeDtypeStruct((heads, 4, columns), f32),
         ],
         grid=(heads,), warps=8, H=heads, GROUP=group, G=columns // 2, D=d, ROOT=d**0.5,
