@@ -22,7 +22,7 @@ from certjax.costs import read_costs
 from certjax.errors import InvalidArgumentError
 from certjax.fused.attention import fused_attention, fused_naive
 from certjax.fused.chain import chained_attention
-from certjax.fused.dispatch import FUSED, kernels_of, pick_backend
+from certjax.fused.dispatch import FUSED, chained, kernels_of, pick_backend
 from certjax.fused.operands import Shared, shared
 from certjax.policy import Policy
 from pallas_kernels import numerics as num
@@ -104,7 +104,8 @@ def certified_layer(
 
     `project`: what is done next with the output, `[batch, Hq, d]` float32, and is returned in its place. While kernels
     find out whether a candidate's bound holds, it is projected. `again(projected, out, revised)` keeps that, or
-    projects what has taken its place, where `revised` `[batch Hkv]` int32 has anything but 0.
+    projects what has taken its place, where `revised` `[batch Hkv]` int32 has anything but 0 (`fused.project` says
+    when there is one); without it what is returned is `project` of the output.
 
     Fused kernels read the stack in place and take `cache.sound` for the outcome of the fingerprints, which `scrub`
     checks once a step for all layers.
@@ -116,7 +117,11 @@ def certified_layer(
     cache.require_tier2()
     groups = _grouped(q, cache)
     attend = _fused(policy, backend, groups)
-    if again is not None and attend.func is chained_attention:
+    if again is not None:
+        if attend.func is not chained_attention:
+            raise InvalidArgumentError(
+                "again: nothing is projected before it is certain but in a chain of kernels; leave it out."
+            )
         attend = functools.partial(attend, again=lambda y, out, revised: again(y, _flat(out), revised))
     out, certificate, plan = attend(
         groups, cache, layer, sound=cache.sound, common=common, project=lambda out: project(_flat(out))
@@ -126,7 +131,7 @@ def certified_layer(
 
 def _fused(policy: Policy, backend: str, groups: jax.Array):
     kernels = kernels_of(backend, groups.shape[0] * groups.shape[1])
-    attend = chained_attention if kernels.chained and policy.tolerance is not None else fused_attention
+    attend = chained_attention if chained(policy, kernels) else fused_attention
     return functools.partial(attend, policy=policy, kernels=kernels)
 
 

@@ -75,6 +75,6 @@ def _naive(q, k, v, cache: TieredKVCache, layer, project, *, policy: Policy, com
 
 def _certified(q, k, v, cache: TieredKVCache, layer, project, *, policy: Policy, common: Shared | None):
     cache = append(cache, k[:, 0], v[:, 0], layer, policy, q.shape[2])
-    projects = projections(project, project.weights, cache, layer, policy, q.shape[2])
+    projects = projections(project, project.weights, cache, layer, policy, q.shape[2], q.dtype)
     out, certificate, plan = certified_layer(q[:, 0], cache.counting(), layer, policy, common, *projects)
     return out, cache, (certificate.packed(), plan)

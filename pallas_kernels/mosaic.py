@@ -94,9 +94,14 @@ def sum_products(rows: int, products, interpret) -> jax.Array:
     return pl.run_scoped(add, plgpu.ACC((rows, products[0][1].shape[1]), jnp.float32))
 
 
-def add_values(acc, plane, width: int, unit: float, weights, interpret):
-    """To ROWS channels each of `acc`, a tile's values by one of their planes, whose codes come times
-    `2^(8 - width) unit`."""
+HIGH, LOW = (4, 1 / 4), (2, 1 / 64)
+"""Planes of values: bits of a code, and what `fields` of them are to be multiplied by, where a value is
+`scale (4 high + low)` and an offset."""
+
+
+def add_values(acc, plane, coding: tuple[int, float], weights, interpret):
+    """To ROWS channels each of `acc`, a tile's values by one of their planes, HIGH or LOW."""
+    width, unit = coding
     rows = acc[0].shape[0]
 
     def product(j: int):

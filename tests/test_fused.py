@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 import json
 
 import jax
@@ -27,6 +28,7 @@ from certjax.bench import step
 from certjax.checks import scrubbed
 from certjax.cli import main
 from certjax.fused import operands as ops
+from certjax.fused import project
 from certjax.fused.ladder import allotted, heads_to_give_up
 from certjax.fused.plan import REFRESH, due
 from certjax.models.llama.modeling import init_params
@@ -287,7 +289,7 @@ def test_any_plan_ends_in_the_contract(seed, tolerance, kind):
     """A plan is a guess: whatever it says, of tiles that are not there too, bounds hold, and so does the contract."""
     q, k, v = originals()
     rng, cache = np.random.default_rng(seed), cache_of()
-    level = rng.integers(0, 4, cache.plan.shape)
+    level = rng.integers(0, PROMOTED + 1, cache.plan.shape)
     plan = np.where(level == PROMOTED, lv.word(PROMOTED, rng.integers(1, 1 + lv.every_piece(D), level.shape)), level)
     if kind == "own":
         plan = np.where(np.arange(plan.shape[-1]) < 4, plan, COARSE)
@@ -325,6 +327,28 @@ def test_decoding_carries_its_plans():
     assert state.cache.plan.shape == (2, 1, 2, 6) and (state.cache.plan == COARSE).all()
     after = decode.run(*fixed, model.params, state, jnp.int32(4))
     assert (after.cache.plan != COARSE).any()
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("dtype, param_dtype", [("bfloat16", "bfloat16"), ("float32", "bfloat16")])
+@pytest.mark.parametrize("kind", ["budget", "observe"])
+def test_a_step_traces_as_on_a_hopper_gpu(monkeypatch, batch, dtype, param_dtype, kind):
+    """Whatever projects the output, in kernels or not, hands the model what it goes on with."""
+    monkeypatch.setattr("certjax.fused.dispatch._device_obstacle", lambda: None)
+    policy = Policy.budget(0.05, block_size=128) if kind == "budget" else Policy.observe(block_size=128)
+    config = dataclasses.replace(small_model().config, dtype=dtype)
+    keys = jnp.zeros((2, batch, 2, 512, 64), jnp.bfloat16)
+    cache = TieredKVCache.from_prefill(keys, keys, policy, lengths=jnp.full(batch, 300))
+    assert pick_backend(policy, cache, 4) == "mosaic_gpu"
+    params = jax.tree.map(lambda x: x.astype(param_dtype), init_params(config, jax.random.key(0)))
+    used = []
+    monkeypatch.setattr(project, "in_kernels", lambda *x, f=project.in_kernels: used.append(x) or f(*x))
+    logits, *_ = jax.eval_shape(
+        functools.partial(decode.step, config, "certified", policy), params, cache, jnp.zeros(batch, jnp.int32)
+    )
+    assert logits.shape == (batch, 97)
+    chained = importlib.util.find_spec("triton") is not None
+    assert bool(used) == (chained and kind == "budget" and dtype == "bfloat16")
 
 
 def test_bench_reports_ratios_in_a_table(tmp_path):

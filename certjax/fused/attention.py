@@ -75,7 +75,7 @@ def fused_attention(
     first = step.attempt(scan, plan, scan.coarse, step.fine(kernels.fine_beside, plan))
     fresh = step.fresh(scan, first.judged)
     again = step.again(first.judged)
-    second = step.attempt(scan, fresh, step.values_at_coarse(scan, fresh), step.fine(kernels.fine, fresh))
+    second = step.attempt(scan, fresh, step.values_by_scan(scan, fresh), step.fine(kernels.fine, fresh))
     second = second.replace(passed=second.passed & first.passed)
     words = held(plan.words, fresh, again | step.by_head(due(cache.length, layer)), step.layer.active)
     out, certificate = step.finish(first, (again, second), sound)
@@ -162,7 +162,7 @@ class _Step:
         """`[b]` -> `[H]`."""
         return jnp.repeat(rows, self.n_heads)
 
-    def values_at_coarse(self, scan: _Scan, plan: Plan) -> jax.Array:
+    def values_by_scan(self, scan: _Scan, plan: Plan) -> jax.Array:
         """Of tiles whose values a plan made after the scan reads with its weights: [H, d, G]."""
         counts = plan.counts
         x = self.layer

@@ -59,6 +59,11 @@ def kernels_of(backend: str, n_heads: int) -> Kernels:
     return mosaic_kernels(n_heads) if backend == "mosaic_gpu" else reference_kernels()
 
 
+def chained(policy: Policy, kernels: Kernels) -> bool:
+    """Whether what is between the kernels is kernels, too (`certjax.fused.chain`)."""
+    return kernels.chained and policy.tolerance is not None
+
+
 def _device_obstacle() -> str | None:
     device = jax.devices()[0]
     capability = str(getattr(device, "compute_capability", ""))

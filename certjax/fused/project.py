@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from certjax.cache import TieredKVCache
-from certjax.fused.dispatch import pick_backend
+from certjax.fused.dispatch import chained, pick_backend
 from certjax.policy import Policy
 from pallas_kernels.dispatch import mosaic_kernels
 
@@ -20,14 +20,15 @@ def projections(
     layer: jax.Array,
     policy: Policy,
     n_query_heads: int,
+    dtype: jnp.dtype,
 ) -> tuple[Callable, Callable | None]:
     """`project` and `again` of `certified_layer`, of outputs `[b, Hq, d]`.
 
     `linear`: the projection, `[b, 1, Hq, d] -> [b, 1, D]`. `weights`: `kernel` `[L, Hq d, D]`, and perhaps `bias`, of
-    all layers. Beside kernels both are kernels, where the weights are bfloat16.
+    all layers. In a chain of kernels both are kernels, where a model is bfloat16: its `dtype`, and its weights.
     """
-    chained = pick_backend(policy, cache, n_query_heads) == "mosaic_gpu" and mosaic_kernels(1).chained
-    if chained and weights is not None and weights["kernel"].dtype == jnp.bfloat16:
+    kernels = pick_backend(policy, cache, n_query_heads) == "mosaic_gpu" and chained(policy, mosaic_kernels(1))
+    if kernels and weights is not None and dtype == weights["kernel"].dtype == jnp.bfloat16:
         return in_kernels(weights, layer)
     return lambda out: linear(out[:, None]), None
 

@@ -54,11 +54,11 @@ def attend_coarse(layer, words, counts, weights, values, values_low, *, splits: 
             def visit(i, acc):
                 slot = i % AHEAD
                 plgpu.barrier_wait(ready.at[slot])
-                acc = mg.add_values(acc, v.at[slot], 4, 0.25, w.at[slot], interpret)
+                acc = mg.add_values(acc, v.at[slot], mg.HIGH, w.at[slot], interpret)
 
                 def with_lower_plane(*acc):
                     plgpu.barrier_wait(low_ready.at[slot])
-                    return mg.add_values(acc, v_low.at[slot], 2, 1 / 64, w.at[slot], interpret)
+                    return mg.add_values(acc, v_low.at[slot], mg.LOW, w.at[slot], interpret)
 
                 acc = lax.cond(finer(order[i]), with_lower_plane, lambda *acc: acc, *acc)
                 plgpu.commit_smem()  # a barrier: no warp is at the tile any more

@@ -79,13 +79,13 @@ def _refine(h, split, layer, words_ref, summary_ref, q_refs, tier1_refs, acc_ref
             return tuple(x + y for x, y in zip(found, mg.sums_of(p, scaled, share.at[here], ks.at[here]), strict=True))
 
         def add_values(j, _):
-            """Of ROWS channels. Codes come in units of 16 and 64; a value has 4 and 1."""
+            """Of ROWS channels."""
             rows = pl.ds(pl.multiple_of(j * ROWS, ROWS), ROWS)
             high, low = (
-                mg.sum_products(ROWS, mg.weighted(mg.fields(plane[rows], width), w), interpret)
-                for plane, width in ((v, 4), (v_low, 2))
+                mg.sum_products(ROWS, mg.weighted(mg.fields(plane[rows], width), w), interpret) * unit
+                for plane, (width, unit) in ((v, mg.HIGH), (v_low, mg.LOW))
             )
-            out[rows] = out[rows] + (high * 0.25 + low * (1 / 64))
+            out[rows] = out[rows] + (high + low)
 
         def visit(i, _):
             tile = order[i]

@@ -109,7 +109,7 @@ def _join(
 
 
 def join(
-    coarse: jax.Array,  # [H, S, d, C], values at their coarsest
+    coarse: jax.Array,  # [H, S, d, C], values with the scan's weights
     fine: jax.Array,  # [H, S', d, C]
     windows: tuple[jax.Array, jax.Array],  # [H, W, d, C], [H, W, 4, C]
     promoted: tuple[jax.Array, jax.Array],  # [H, P, d, C], [H, P, 4, C]

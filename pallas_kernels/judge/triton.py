@@ -301,7 +301,7 @@ class Found:
     counts: jax.Array  # [H, COUNTS] int32
     summary: jax.Array  # [H, .] int32
     scanned: jax.Array  # [H, NT, 4, C] of the scan
-    coarse: jax.Array  # [H, S, d, C], values at their coarsest
+    coarse: jax.Array  # [H, S, d, C], values with the scan's weights
     fine: tuple[jax.Array, jax.Array]  # [H, S', d, C], [H, NT, 4, C]
     windows: tuple[jax.Array, jax.Array]  # [H, W, d, C], [H, W, 4, C]
     promoted: tuple[jax.Array, jax.Array]  # [H, P, d, C], [H, P, 4, C]

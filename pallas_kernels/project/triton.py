@@ -49,7 +49,7 @@ def _project(
     x, w, layer,  # inputs
     sums,  # outputs
     B: tl.constexpr, K: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
-    SHARE: tl.constexpr, SHARES: tl.constexpr,
+    SHARE: tl.constexpr,
 ):  # fmt: skip
     share = tl.program_id(2)
     total = _add_share(
@@ -106,14 +106,14 @@ def project_again(
     return launch(
         _project_again, sums, x, w, w if bias is None else bias, layer[None], revised,
         out=jax.ShapeDtypeStruct(sums.shape[1:], jnp.bfloat16), grid=grid, BIASED=bias is not None, H=heads,
-        H_UP=triton.next_power_of_2(heads), **constants,
+        H_UP=triton.next_power_of_2(heads), SHARES=SHARES, **constants,
     )  # fmt: skip
 
 
 def _tiles(x: jax.Array, w: jax.Array):
     (batch, k), n = x.shape, w.shape[2]
     grid, share = (triton.cdiv(n, OUTPUTS), triton.cdiv(batch, ROWS)), triton.cdiv(k, SHARES * INPUTS) * INPUTS
-    return grid, dict(B=batch, K=k, N=n, BM=ROWS, BK=INPUTS, BN=OUTPUTS, SHARE=share, SHARES=SHARES)
+    return grid, dict(B=batch, K=k, N=n, BM=ROWS, BK=INPUTS, BN=OUTPUTS, SHARE=share)
 
 
 def project_or_keep(finish: Callable, project: Callable, sums: jax.Array, x: jax.Array, revised: jax.Array):

@@ -40,8 +40,7 @@ class _Plane(NamedTuple):
     source: Any
     target: Any
     ready: Any
-    width: int
-    unit: float
+    coding: tuple[int, float]
 
 
 def scan_tiles(
@@ -78,8 +77,8 @@ def scan_tiles(
                         plgpu.copy_gmem_to_smem(source.at[layer, h, here], target.at[slot], ready.at[slot])
 
             planes = (
-                _Plane(by_scan, v_ref, v, high_ready, 4, 0.25),
-                _Plane(lambda level: level == VALUES, v_low_ref, v_low, low_ready, 2, 1 / 64),
+                _Plane(by_scan, v_ref, v, high_ready, mg.HIGH),
+                _Plane(lambda level: level == VALUES, v_low_ref, v_low, low_ready, mg.LOW),
             )
 
             def fetch_values(plane, i):
@@ -119,9 +118,7 @@ def scan_tiles(
 
                     def with_values(*acc, plane=plane):
                         plgpu.barrier_wait(plane.ready)
-                        acc = mg.add_values(
-                            acc, plane.target, plane.width, plane.unit, weights.at[parity], interpret
-                        )
+                        acc = mg.add_values(acc, plane.target, plane.coding, weights.at[parity], interpret)
                         plgpu.commit_smem()  # a barrier: nor at its values
                         return acc
 

@@ -79,13 +79,13 @@ def hf_logits(model, tokens) -> np.ndarray:
         return model(torch.tensor(np.asarray(tokens), dtype=torch.long)).logits.float().numpy()
 
 
-def causal(q, k, v, cache, layer):
+def causal(q, k, v, cache, layer, project):
     """Attention among the T tokens themselves: every position's logits in one pass."""
     group = q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
     s = jnp.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
     s = jnp.where(jnp.tri(q.shape[1], dtype=bool), s, -jnp.inf)
-    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(s, axis=-1), v), cache, None
+    return project(jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(s, axis=-1), v)), cache, None
 
 
 @functools.partial(jax.jit, static_argnums=0)
