@@ -294,8 +294,8 @@ def decided(norm, bound, policy):
     from pallas_kernels.judge.contract import Contract
 
     heads, group = norm.shape
-    rows = jnp.zeros((heads, rc.ROWS.value, 2 * group)).at[:, rc.PASSED].set(1.0)
-    rows = rows.at[:, rc.NORM].set(jnp.tile(norm, 2)).at[:, rc.E_TOTAL].set(jnp.tile(bound, 2))
+    rows = jnp.zeros((heads, rc.ROWS.value, 2 * group)).at[:, rc.PASSED.value].set(1.0)
+    rows = rows.at[:, rc.NORM.value].set(jnp.tile(norm, 2)).at[:, rc.E_TOTAL.value].set(jnp.tile(bound, 2))
     contract = Contract(heads, group, policy.relative_to, policy.tolerance, policy.pooled)
     meta = jnp.tile(jnp.array([[1, 3, 512]]), (heads, 1))
     counts = jnp.zeros((heads, lv.COUNTS), jnp.int32)

@@ -128,9 +128,9 @@ def chained_attention(
     return y, certificate(
         policy, cache, x.live, jnp.where((asked == rc.REDO)[:, None], counts, x.counts),
         [Reads(n, lv.n_pieces(x)) for n, x in reads],
-        verdict.reshape(batch, n_heads), sound, rows[:, :, rc.PASSED] > 0,
-        bounds={name: rows[:, :, getattr(rc, name.upper())] for name in BOUNDS},
-        candidate_norm=rows[:, :, rc.NORM], norm=rows[:, :, rc.RETURNED_NORM],
-        e_total=rows[:, :, rc.RETURNED_BOUND], tail_mass=rows[:, :, rc.TAIL_MASS],
-        delta_max=rows[:, :, rc.DELTA_MAX],
+        verdict.reshape(batch, n_heads), sound, rows[:, :, rc.PASSED.value] > 0,
+        bounds={name: rows[:, :, getattr(rc, name.upper()).value] for name in BOUNDS},
+        candidate_norm=rows[:, :, rc.NORM.value], norm=rows[:, :, rc.RETURNED_NORM.value],
+        e_total=rows[:, :, rc.RETURNED_BOUND.value], tail_mass=rows[:, :, rc.TAIL_MASS.value],
+        delta_max=rows[:, :, rc.DELTA_MAX.value],
     ), held[:, :n_tiles].astype(jnp.uint16).reshape(batch, n_heads, -1)  # fmt: skip

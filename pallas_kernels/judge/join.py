@@ -15,6 +15,8 @@ from pallas_kernels.launch import launch
 from pallas_kernels.tile_facts import folded
 
 COUNTS, REDO = tl.constexpr(lv.COUNTS), tl.constexpr(rc.REDO)
+N_COARSE, N_VALUES = tl.constexpr(lv.N_COARSE), tl.constexpr(lv.N_VALUES)
+N_FINEST, N_PROMOTED = tl.constexpr(lv.N_FINEST), tl.constexpr(lv.N_PROMOTED)
 CHANNELS = 16
 """That a program adds up."""
 
@@ -81,7 +83,8 @@ def _join(
         size: tl.constexpr = D * C
         flat, col = share * (CHANNELS * C) + tl.arange(0, CHANNELS * C), tl.arange(0, C)
         of = counts + h * COUNTS
-        n_by_scan, n_finest, n_promoted = tl.load(of + 1) + tl.load(of + 2), tl.load(of + 3), tl.load(of + 4)
+        n_by_scan = tl.load(of + N_COARSE) + tl.load(of + N_VALUES)
+        n_finest, n_promoted = tl.load(of + N_FINEST), tl.load(of + N_PROMOTED)
         from_tier1 = tl.zeros((CHANNELS * C,), tl.float32)
         if n_by_scan > 0:  # else nothing was stored
             from_tier1 += _add(coarse, h * S, flat, S, S, PARTS, size)

@@ -12,7 +12,7 @@ from pallas_kernels.tile_facts import SLACK
 (
     NORM, E_KEY, E_VAL, E_ARITH, E_TOTAL, E_KEY_PAPER, E_VAL_PAPER, DELTA_MAX, TAIL_MASS, PASSED, TOTAL, L_MINUS,
     FROM_CENTRE, NU_MEAN, RETURNED_NORM, RETURNED_BOUND,
-) = range(16)  # fmt: skip
+) = (tl.constexpr(i) for i in range(16))  # fmt: skip
 ROWS = tl.constexpr(16)
 """Of a head's record: what a candidate came to, of which four are for the plan after it; and the norm and the bound of
 what is returned, the candidate's or those of dense attention."""

@@ -16,7 +16,27 @@ from pallas_kernels import numerics as num
 from pallas_kernels.device_math import MAX_DELTA, exp_down, exp_up, expm1_up, least, most, no_nan, product, rounded
 from pallas_kernels.judge import record as rc
 from pallas_kernels.judge.join import join
-from pallas_kernels.judge.record import ROWS, Rounding, length
+from pallas_kernels.judge.record import (
+    DELTA_MAX,
+    E_ARITH,
+    E_KEY,
+    E_KEY_PAPER,
+    E_TOTAL,
+    E_VAL,
+    E_VAL_PAPER,
+    FROM_CENTRE,
+    L_MINUS,
+    NORM,
+    NU_MEAN,
+    PASSED,
+    RETURNED_BOUND,
+    RETURNED_NORM,
+    ROWS,
+    TAIL_MASS,
+    TOTAL,
+    Rounding,
+    length,
+)
 from pallas_kernels.launch import launch
 from pallas_kernels.tile_facts import (
     NOTES,
@@ -227,24 +247,24 @@ def _judge_head(
         passed = tl.where(alarm, 0.0, passed)
     tl.store(out + (h * GROUP + col[None]) * D + channel[:, None], result, mask=(col < GROUP)[None])
     to = record + h * ROWS * C + col
-    tl.store(to, norm)
-    tl.store(to + C, e_key)
-    tl.store(to + 2 * C, e_val)
-    tl.store(to + 3 * C, e_arith)
+    tl.store(to + NORM * C, norm)
+    tl.store(to + E_KEY * C, e_key)
+    tl.store(to + E_VAL * C, e_val)
+    tl.store(to + E_ARITH * C, e_arith)
     bound = bound * INFLATE + FLOOR
-    tl.store(to + 4 * C, bound)
+    tl.store(to + E_TOTAL * C, bound)
     grows = tl.where(two_d < 0.5, expm1_up(two_d), exp_up(two_d))
-    tl.store(to + 5 * C, 2 * nu_max * exp_up(two_d) * mass * grows)
-    tl.store(to + 6 * C, paper / total)
-    tl.store(to + 7 * C, delta_max)
-    tl.store(to + 8 * C, mass)
-    tl.store(to + 9 * C, passed)
-    tl.store(to + 10 * C, total)
-    tl.store(to + 11 * C, l_minus)
-    tl.store(to + 12 * C, from_centre)
-    tl.store(to + 13 * C, nu_mean)
-    tl.store(to + 14 * C, norm)
-    tl.store(to + 15 * C, bound)
+    tl.store(to + E_KEY_PAPER * C, 2 * nu_max * exp_up(two_d) * mass * grows)
+    tl.store(to + E_VAL_PAPER * C, paper / total)
+    tl.store(to + DELTA_MAX * C, delta_max)
+    tl.store(to + TAIL_MASS * C, mass)
+    tl.store(to + PASSED * C, passed)
+    tl.store(to + TOTAL * C, total)
+    tl.store(to + L_MINUS * C, l_minus)
+    tl.store(to + FROM_CENTRE * C, from_centre)
+    tl.store(to + NU_MEAN * C, nu_mean)
+    tl.store(to + RETURNED_NORM * C, norm)
+    tl.store(to + RETURNED_BOUND * C, bound)
 
 
 @triton.jit
@@ -276,7 +296,7 @@ def _judge_again(
     """What the second pass found, in place of what the first did, for heads of which it was asked."""
     h = tl.program_id(0)
     if tl.load(asked + h) == REDO:
-        passed = tl.load(record + (h * ROWS + 9) * C + tl.arange(0, C))
+        passed = tl.load(record + (h * ROWS + PASSED) * C + tl.arange(0, C))
         _judge_head(
             sums, kappa_max, joined, exact_sums, summary, facts, largest_of_head, value_centre, turn, layer, out,
             record, passed, H, NT, PARTS, PARTS_UP, C, D, ROOT, VANISHED, SPLIT, TURNING, DEPTH_GAMMA, INFLATE,

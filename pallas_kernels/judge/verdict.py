@@ -15,11 +15,21 @@ from pallas_kernels import numerics as num
 from pallas_kernels.device_math import MAX_DELTA, exp_up, expm1_up, least, most, no_nan
 from pallas_kernels.judge import record as rc
 from pallas_kernels.judge.contract import Contract
-from pallas_kernels.judge.record import ROWS, Rounding, length
+from pallas_kernels.judge.record import (
+    E_TOTAL,
+    NORM,
+    PASSED,
+    RETURNED_BOUND,
+    RETURNED_NORM,
+    ROWS,
+    Rounding,
+    length,
+)
 from pallas_kernels.launch import launch
 from pallas_kernels.tile_facts import SLACK, folded
 
-TILE, COUNTS, REDO = tl.constexpr(lv.TILE), tl.constexpr(lv.COUNTS), tl.constexpr(rc.REDO)
+TILE, REDO = tl.constexpr(lv.TILE), tl.constexpr(rc.REDO)
+COUNTS, GIVE_UP = tl.constexpr(lv.COUNTS), tl.constexpr(lv.GIVE_UP)
 U, UNDERFLOW, FLOOR = tl.constexpr(num.U), tl.constexpr(num.UNDERFLOW), tl.constexpr(num.ABSOLUTE_FLOOR)
 
 
@@ -37,10 +47,10 @@ def _decide(
     real = head < HEADS
     shown = real[:, None] & (col < GROUP)[None]
     of = record + (batch * HEADS + head[:, None]) * ROWS * C + col[None]
-    norm = tl.load(of, mask=shown, other=0.0)
-    own = no_nan(tl.load(of + 4 * C, mask=shown, other=0.0))
-    passed = tl.load(of + 9 * C, mask=shown, other=1.0)
-    gone = tl.load(counts + (batch * HEADS + head) * COUNTS + 5, mask=real, other=0) > 0
+    norm = tl.load(of + NORM * C, mask=shown, other=0.0)
+    own = no_nan(tl.load(of + E_TOTAL * C, mask=shown, other=0.0))
+    passed = tl.load(of + PASSED * C, mask=shown, other=1.0)
+    gone = tl.load(counts + (batch * HEADS + head) * COUNTS + GIVE_UP, mask=real, other=0) > 0
     fine = (tl.abs(norm) < float("inf")) & (passed > 0)  # NaN is not less
     failed = (tl.sum(tl.sum((~fine).to(tl.int32), 1), 0) > 0) | (tl.load(sound + batch).to(tl.int32) == 0)
     own = tl.where(gone[:, None] & shown, float("inf"), own)
@@ -128,8 +138,8 @@ def _finish(
         error = error * (1 + 2.0**-12) + FLOOR
         tl.store(out + (h * GROUP + col[None]) * D + channel[:, None], result, mask=(col < GROUP)[None])
         of = record + h * ROWS * C + col
-        tl.store(of + 14 * C, norm)
-        tl.store(of + 15 * C, error)
+        tl.store(of + RETURNED_NORM * C, norm)
+        tl.store(of + RETURNED_BOUND * C, error)
 
 
 def decide(

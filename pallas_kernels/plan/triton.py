@@ -18,7 +18,7 @@ from pallas_kernels import levels as lv
 from pallas_kernels.device_math import expm1_up, least, most, no_nan, product, rounded
 from pallas_kernels.judge import record as rc
 from pallas_kernels.judge.contract import Contract, fits_as_it_is
-from pallas_kernels.judge.record import ROWS
+from pallas_kernels.judge.record import E_TOTAL, FROM_CENTRE, L_MINUS, NORM, NU_MEAN, ROWS, TOTAL
 from pallas_kernels.launch import launch
 from pallas_kernels.tile_facts import (
     NOTES,
@@ -35,6 +35,8 @@ factor of two. Behind what is left at each of them come what the bound came to b
 of it."""
 
 COUNTS = tl.constexpr(lv.COUNTS)
+ACTIVE, N_COARSE, N_VALUES = tl.constexpr(lv.ACTIVE), tl.constexpr(lv.N_COARSE), tl.constexpr(lv.N_VALUES)
+N_FINEST, N_PROMOTED, GIVE_UP = tl.constexpr(lv.N_FINEST), tl.constexpr(lv.N_PROMOTED), tl.constexpr(lv.GIVE_UP)
 LEVELS = tl.constexpr(lv.PROMOTED + 1)
 COARSE_FEE, VALUES_FEE = tl.constexpr(lv.FEES[lv.COARSE]), tl.constexpr(lv.FEES[lv.VALUES])
 SKIP, COARSE, VALUES, FINEST = (tl.constexpr(x) for x in (lv.SKIP, lv.COARSE, lv.VALUES, lv.FINEST))
@@ -63,7 +65,7 @@ def _offer(
     row, col = tl.arange(0, HEADS_UP)[:, None], tl.arange(0, C)
     shown = (row < HEADS) & (col < GROUP)[None]
     of = record + (h // HEADS * HEADS + row) * ROWS * C + col[None]
-    norm, bound = tl.load(of, mask=shown, other=0.0), tl.load(of + 4 * C, mask=shown, other=0.0)
+    norm, bound = tl.load(of + NORM * C, mask=shown, other=0.0), tl.load(of + E_TOTAL * C, mask=shown, other=0.0)
     length = tl.load(meta + h * 3 + 2)
     fits = fits_as_it_is(norm, bound, shown, TOLERANCE, RELATIVE_TO, POOLED, HEADS * GROUP)
     what = tl.where(fits, tl.where((length + at) % REFRESH == 0, ANEW, KEPT), REDO)
@@ -91,8 +93,9 @@ def _offer_tiles(
     # Everything is loaded first: a load that comes after a sum over several warps waits for it.
     q_norm, eps = tl.load(facts + h * 4 * C + col), tl.load(facts + h * 4 * C + C + col)
     of = record + h * ROWS * C + col
-    own, total, l_minus = tl.load(of), tl.load(of + 10 * C), tl.load(of + 11 * C)
-    from_centre, nu_mean, came_to = tl.load(of + 12 * C), tl.load(of + 13 * C), tl.load(of + 4 * C)
+    own, total, l_minus = tl.load(of + NORM * C), tl.load(of + TOTAL * C), tl.load(of + L_MINUS * C)
+    from_centre, nu_mean = tl.load(of + FROM_CENTRE * C), tl.load(of + NU_MEAN * C)
+    came_to = tl.load(of + E_TOTAL * C)
     first, end = tl.load(meta + h * 3), tl.load(meta + h * 3 + 1)
     active = (t >= first) & (t < end)
     noted = (at * H + h) * NT + t
@@ -266,12 +269,12 @@ def _settle_tiles(
     redo = tl.where(what == REDO, 1, 0)
     if own == 0:
         to = counts + h * COUNTS
-        tl.store(to, n_active * redo)
-        tl.store(to + 1, tl.sum(n_coarse, 0) * stays * redo)
-        tl.store(to + 2, tl.sum(n_values, 0) * stays * redo)
-        tl.store(to + 3, tl.sum(n_finest, 0) * stays * redo)
-        tl.store(to + 4, n_promoted * stays * redo)
-        tl.store(to + 5, (1 - stays) * redo)
+        tl.store(to + ACTIVE, n_active * redo)
+        tl.store(to + N_COARSE, tl.sum(n_coarse, 0) * stays * redo)
+        tl.store(to + N_VALUES, tl.sum(n_values, 0) * stays * redo)
+        tl.store(to + N_FINEST, tl.sum(n_finest, 0) * stays * redo)
+        tl.store(to + N_PROMOTED, n_promoted * stays * redo)
+        tl.store(to + GIVE_UP, (1 - stays) * redo)
 
     # Which pieces: each would add its share of the tile's weights.
     word = tl.where(mine == WHOLE, PROMOTED | ((2**PIECES - 1) << 8), mine)
