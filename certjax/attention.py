@@ -7,7 +7,6 @@ because the `G` query heads of a group share keys, values and page-ins.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,7 @@ from certjax.fused.attention import fused_attention, fused_naive
 from certjax.fused.chain import chained_attention
 from certjax.fused.dispatch import FUSED, chained, kernels_of, pick_backend
 from certjax.fused.operands import Shared, shared
+from certjax.fused.project import Again, Project, as_it_is
 from certjax.policy import Policy
 from pallas_kernels import numerics as num
 from pallas_kernels.attend.reference import Weights, block_log_mass
@@ -96,8 +96,8 @@ def certified_layer(
     layer: jax.Array,
     policy: Policy,
     common: Shared | None = None,
-    project: Callable[[jax.Array], jax.Array] = lambda out: out,
-    again: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None,
+    project: Project = as_it_is,
+    again: Again | None = None,
 ) -> tuple[jax.Array, Certificate, jax.Array | None]:
     """`certified_attention` for layer `layer` of a stacked cache, as a decode loop calls it, with what is
     `common_to_layers`; and what `cache.plan` is to have for the layer at the next step, where it is to change.

@@ -43,15 +43,19 @@ def step_table(rows: list[dict[str, Any]]) -> str:
         "certified ms p50 / p95 / p99", "planned anew ms", "naive / dense", "certified / dense", "host MB read",
         "rungs 0-4", "memory / dense",
     ]  # fmt: skip
+
+    def p50(row, name: str):
+        """Of what a quick run leaves out: nothing."""
+        return row[name]["p50"] if name in row else ""
+
     return _table(
         header,
         [
             [
                 r["context"], r["batch"], r["workload"], r["backend"], r["without attention"]["p50"], r["dense"],
-                *(r[name]["p50"] if name in r else "" for name in ("dense mode", "naive")),
+                p50(r, "dense mode"), p50(r, "naive"),
                 " / ".join(str(r["certified"][p]) for p in ("p50", "p95", "p99")),
-                r["certified, planned anew"]["p50"] if "certified, planned anew" in r else "",
-                r.get("naive_over_dense", ""), r["certified_over_dense"],
+                p50(r, "certified, planned anew"), r.get("naive_over_dense", ""), r["certified_over_dense"],
                 r["paged_in_MB_a_step, certified"], " ".join(map(str, r["rungs, certified"])),
                 r["device_bytes_over_dense"],
             ]

@@ -21,6 +21,7 @@ from certjax.fused import operands as ops
 from certjax.fused import reduce as rd
 from certjax.fused.ladder import heads_to_give_up
 from certjax.fused.plan import Plan, choose, due, held
+from certjax.fused.project import Project, as_it_is
 from certjax.fused.record import BOUNDS, Reads, certificate
 from certjax.policy import Policy
 from pallas_kernels import levels as lv
@@ -28,13 +29,6 @@ from pallas_kernels.dispatch import Kernels
 from pallas_kernels.levels import FINEST, PROMOTED
 from pallas_kernels.originals.reference import LOWEST
 from pallas_kernels.query import distinct, folded
-
-Project = Callable[[jax.Array], jax.Array]
-
-
-def as_it_is(out: jax.Array) -> jax.Array:
-    """The output, projected to nothing else."""
-    return out
 
 
 def fused_attention(
@@ -63,7 +57,7 @@ def fused_attention(
     common
         `shared(cache)`, where it has been computed for all layers.
     project
-        What is returned in the output's place, `[b, Hkv, G, d]`.
+        Takes the output, `[b, Hkv, G, d]`; what it makes of that is returned in its place.
     """
     step = _Step(q, cache, layer, policy, kernels, common)
     scan = step.scan()

@@ -9,8 +9,6 @@ in `operands`, `bound`, `plan` and `ladder`, its twins.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
@@ -20,15 +18,14 @@ from certjax.certificate import Certificate
 from certjax.fused import bound as bd
 from certjax.fused import operands as ops
 from certjax.fused import plan as pl
-from certjax.fused.attention import Project, additions_of, as_it_is, per_program_of
+from certjax.fused.attention import additions_of, per_program_of
+from certjax.fused.project import Again, Project, as_it_is
 from certjax.fused.record import BOUNDS, Reads, certificate
 from certjax.policy import Policy
 from pallas_kernels import levels as lv
 from pallas_kernels import numerics as num
 from pallas_kernels import query as qr
 from pallas_kernels.dispatch import Kernels
-
-Again = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def chained_attention(
@@ -44,8 +41,7 @@ def chained_attention(
 ) -> tuple[jax.Array, Certificate, jax.Array]:
     """As `fused_attention`, for a policy with a tolerance.
 
-    `again`: of what a candidate was projected to, the output, and whether that is another, `[H]` int32, what the output
-    is projected to; by default whatever it is.
+    `again`: by default the output is projected whatever the candidate was projected to.
     """
     from pallas_kernels.judge import record as rc
     from pallas_kernels.judge import triton as judging

@@ -37,13 +37,13 @@ U, UNDERFLOW, FLOOR = tl.constexpr(num.U), tl.constexpr(num.UNDERFLOW), tl.const
 def _decide(
     record, counts, sound, meta,  # inputs
     dense, flags,  # outputs
-    HEADS: tl.constexpr, UP: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, FLAGS: tl.constexpr, NT: tl.constexpr,
-    RELATIVE_TO: tl.constexpr, TOLERANCE: tl.constexpr, POOLED: tl.constexpr,
+    HEADS: tl.constexpr, HEADS_UP: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, FLAGS: tl.constexpr,
+    NT: tl.constexpr, RELATIVE_TO: tl.constexpr, TOLERANCE: tl.constexpr, POOLED: tl.constexpr,
 ):  # fmt: skip
     """Of one KV head (every head of a row comes to the same decision): 0 returned as it is, 1 dense, 2 dense because
     the row failed a check."""
     h = tl.program_id(0)
-    batch, head, col = h // HEADS, tl.arange(0, UP), tl.arange(0, C)
+    batch, head, col = h // HEADS, tl.arange(0, HEADS_UP), tl.arange(0, C)
     real = head < HEADS
     shown = real[:, None] & (col < GROUP)[None]
     of = record + (batch * HEADS + head[:, None]) * ROWS * C + col[None]
@@ -64,7 +64,7 @@ def _decide(
         ahead = worst[None] > worst[:, None]
         ahead |= (worst[None] == worst[:, None]) & (head[None] < head[:, None])
         rank = tl.sum((ahead & real[None]).to(tl.int32), 1)  # 0: the largest bound
-        n = tl.arange(0, 2 * UP)[:, None]
+        n = tl.arange(0, 2 * HEADS_UP)[:, None]
         stays = (rank[None] >= n) & real[None]  # [n, head]: with the n worst dense
         kept = tl.sum(tl.where(stays, squares[None], 0.0), 1)
         left = tl.where(stays, bounds[None], 0.0)
@@ -72,13 +72,13 @@ def _decide(
         # A little is held back for the rounding of the sums, which `allotted` evaluates in another order.
         nobody = tl.sum(stays.to(tl.int32), 1) == 0
         fits = ((left <= (TOLERANCE * TOLERANCE * (1 - 2.0**-14)) * kept) & (kept < float("inf"))) | nobody
-        first = tl.min(tl.where(fits, tl.arange(0, 2 * UP), 2 * UP), 0)
+        first = tl.min(tl.where(fits, tl.arange(0, 2 * HEADS_UP), 2 * HEADS_UP), 0)
         goes = gone | (rank < first)
     else:
         if RELATIVE_TO == "head":
             allowed = tl.where(tl.abs(norm) < float("inf"), TOLERANCE * norm, 0.0)
         else:
-            allowed = tl.full((UP, C), TOLERANCE, tl.float32)
+            allowed = tl.full((HEADS_UP, C), TOLERANCE, tl.float32)
         goes = gone | (tl.sum((~(own <= allowed) & shown).to(tl.int32), 1) > 0)
     mine = tl.sum((goes & (batch * HEADS + head == h)).to(tl.int32), 0)
     verdict = tl.where(failed, 2, mine)
@@ -154,12 +154,10 @@ def decide(
     """A verdict on each head, `[H]` int32 (0 stays, 1 dense, 2 dense as a check of its row failed), and the tiles that
     dense attention reads, `[H, flags]` int32."""
     heads, _, columns = record.shape
-    constants = contract.constants
-    up = constants.pop("HEADS_UP")
     return launch(
         _decide, record, counts, sound, meta,
         out=[jax.ShapeDtypeStruct((heads,), jnp.int32), jax.ShapeDtypeStruct((heads, flags), jnp.int32)],
-        grid=(heads,), UP=up, GROUP=contract.group, C=columns, FLAGS=flags, NT=n_tiles, **constants,
+        grid=(heads,), GROUP=contract.group, C=columns, FLAGS=flags, NT=n_tiles, **contract.constants,
     )  # fmt: skip
 
 

@@ -85,8 +85,7 @@ def _offer_tiles(
     costs, shares, left,  # outputs
     H: tl.constexpr, HEADS: tl.constexpr, CHUNKS: tl.constexpr, NT: tl.constexpr, GROUP: tl.constexpr,
     C: tl.constexpr, T: tl.constexpr, RELATIVE_TO: tl.constexpr, TOLERANCE: tl.constexpr, POOLED: tl.constexpr,
-    HOST_FEE: tl.constexpr, PIECES: tl.constexpr, SUMMED: tl.constexpr,
-    FLAGS: tl.constexpr,
+    HOST_FEE: tl.constexpr, PIECES: tl.constexpr, SUMMED: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
     h, chunk = tl.program_id(0), tl.program_id(1)
     col, t = tl.arange(0, C), chunk * T + tl.arange(0, T)

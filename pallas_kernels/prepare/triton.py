@@ -35,8 +35,8 @@ def _fixed_point(x, largest):
 def _prepare(
     q, key_centre, largest_of_head, turn, layer,  # inputs
     parts, wide, numbers, facts,  # outputs
-    H: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-    ROOT: tl.constexpr, VANISHED: tl.constexpr, ROOM: tl.constexpr, TENSOR_UNIT: tl.constexpr, GAMMA: tl.constexpr,
+    H: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROOT: tl.constexpr,
+    VANISHED: tl.constexpr, ROOM: tl.constexpr, TENSOR_UNIT: tl.constexpr, GAMMA: tl.constexpr,
 ):  # fmt: skip
     h, at = tl.program_id(0), tl.load(layer)
     row, channel = tl.arange(0, ROWS), tl.arange(0, D)
@@ -132,7 +132,7 @@ def prepare_queries(
             jax.ShapeDtypeStruct((heads, qr.NUMBERS, columns), f32),
             jax.ShapeDtypeStruct((heads, 4, columns), f32),
         ],
-        grid=(heads,), warps=8, H=heads, GROUP=group, G=columns // 2, D=d, ROOT=d**0.5,
-        VANISHED=vanished, ROOM=room, TENSOR_UNIT=tensor_unit, GAMMA=num.gamma(d + 4),
+        grid=(heads,), warps=8, H=heads, GROUP=group, G=columns // 2, D=d, ROOT=d**0.5, VANISHED=vanished, ROOM=room,
+        TENSOR_UNIT=tensor_unit, GAMMA=num.gamma(d + 4),
     )  # fmt: skip
     return qr.Operands(*operands), facts

@@ -1,5 +1,5 @@
-"""The output projection of a decode step, begun while it is not certain that what is projected will do. Twins: a
-product, and `project_or_keep`.
+"""The output projection of a decode step, begun while it is not certain that what is projected will do. Twin:
+`project/reference.py`.
 
 `project` leaves sums over shares of the inputs; `project_again` adds them up, or projects once more where something was
 revised meanwhile. Both read a layer's weights where those of all layers lie. The first takes few registers and little
@@ -7,8 +7,6 @@ shared memory, so that kernels that find out whether to revise anything run besi
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -26,17 +24,22 @@ SHARES = 4
 
 
 @triton.jit
-def _add_share(total, share, x, w, at, B: tl.constexpr, K: tl.constexpr, N: tl.constexpr, BM: tl.constexpr,
+def _tile(BM: tl.constexpr, BN: tl.constexpr):
+    """Rows and outputs of a program."""
+    return tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
+
+
+@triton.jit
+def _sum_share(share, x, w, layer, B: tl.constexpr, K: tl.constexpr, N: tl.constexpr, BM: tl.constexpr,
                BK: tl.constexpr, BN: tl.constexpr, SHARE: tl.constexpr):  # fmt: skip
-    """`total` [BM, BN] and the products of a share of the inputs."""
-    row, n = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
-    first = share * SHARE + tl.arange(0, BK)
-    rows, kept = (row < B)[:, None], (n < N)[None]
+    """Of the products of a share of the inputs: [BM, BN]."""
+    row, n = _tile(BM, BN)
+    first, at, total = share * SHARE + tl.arange(0, BK), tl.load(layer).to(tl.int64), tl.zeros((BM, BN), tl.float32)
     of_x, of_w = x + row[:, None] * K + first[None], w + (at * K + first)[:, None] * N + n[None]
     for start in range(0, SHARE, BK):
         here = start + first < K
-        a = tl.load(of_x + start, mask=rows & here[None], other=0.0).to(tl.bfloat16)
-        b = tl.load(of_w + start * N, mask=here[:, None] & kept, other=0.0)
+        a = tl.load(of_x + start, mask=(row < B)[:, None] & here[None], other=0.0).to(tl.bfloat16)
+        b = tl.load(of_w + start * N, mask=here[:, None] & (n < N)[None], other=0.0)
         if INTERPRETED:  # Triton's interpreter multiplies bfloat16 wrongly
             total += tl.dot(a.to(tl.float32), b.to(tl.float32))
         else:
@@ -52,10 +55,8 @@ def _project(
     SHARE: tl.constexpr,
 ):  # fmt: skip
     share = tl.program_id(2)
-    total = _add_share(
-        tl.zeros((BM, BN), tl.float32), share, x, w, tl.load(layer).to(tl.int64), B, K, N, BM, BK, BN, SHARE
-    )
-    row, n = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
+    row, n = _tile(BM, BN)
+    total = _sum_share(share, x, w, layer, B, K, N, BM, BK, BN, SHARE)
     tl.store(sums + (share * B + row[:, None]) * N + n[None], total, mask=(row < B)[:, None] & (n < N)[None])
 
 
@@ -66,18 +67,17 @@ def _project_again(
     B: tl.constexpr, K: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
     SHARE: tl.constexpr, SHARES: tl.constexpr, BIASED: tl.constexpr, H: tl.constexpr, H_UP: tl.constexpr,
 ):  # fmt: skip
-    head, at = tl.arange(0, H_UP), tl.load(layer).to(tl.int64)
-    row, n = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
+    head = tl.arange(0, H_UP)
+    row, n = _tile(BM, BN)
     here, total = (row < B)[:, None] & (n < N)[None], tl.zeros((BM, BN), tl.float32)
-    again = tl.sum(tl.load(revised + head, mask=head < H, other=0), 0) > 0
-    for share in tl.static_range(SHARES):
-        found = tl.load(sums + (share * B + row[:, None]) * N + n[None], mask=here, other=0.0)
-        total += found
-    if again:
-        total = tl.zeros((BM, BN), tl.float32)
-        for part in range(SHARES):
-            total += _add_share(tl.zeros((BM, BN), tl.float32), part, x, w, at, B, K, N, BM, BK, BN, SHARE)
+    if tl.sum(tl.load(revised + head, mask=head < H, other=0), 0) > 0:
+        for share in range(SHARES):
+            total += _sum_share(share, x, w, layer, B, K, N, BM, BK, BN, SHARE)
+    else:
+        for part in tl.static_range(SHARES):
+            total += tl.load(sums + (part * B + row[:, None]) * N + n[None], mask=here, other=0.0)
     if BIASED:
+        at = tl.load(layer).to(tl.int64)
         total = rounded(total) + tl.load(bias + at * N + n, mask=n < N, other=0.0).to(tl.float32)[None]
     tl.store(y + row[:, None] * N + n[None], total.to(tl.bfloat16), mask=here)
 
@@ -114,8 +114,3 @@ def _tiles(x: jax.Array, w: jax.Array):
     (batch, k), n = x.shape, w.shape[2]
     grid, share = (triton.cdiv(n, OUTPUTS), triton.cdiv(batch, ROWS)), triton.cdiv(k, SHARES * INPUTS) * INPUTS
     return grid, dict(B=batch, K=k, N=n, BM=ROWS, BK=INPUTS, BN=OUTPUTS, SHARE=share)
-
-
-def project_or_keep(finish: Callable, project: Callable, sums: jax.Array, x: jax.Array, revised: jax.Array):
-    """`project_again` in `jnp`: what `finish` makes of the sums, or of those of `x` where anything was revised."""
-    return finish(jnp.where((revised > 0).any(), project(x), sums))

@@ -29,7 +29,7 @@ from certjax.models.llama.rope import rotate, rotation
 
 
 @dataclasses.dataclass(frozen=True)
-class Project:
+class OutputProjection:
     """The output projection of a layer: [b, T, Hq, d] of any float dtype -> [b, T, D]."""
 
     linear: Callable[[jax.Array], jax.Array]
@@ -40,7 +40,7 @@ class Project:
         return self.linear(out)
 
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array, Any, jax.Array, Project], tuple[jax.Array, Any, Any]]
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Any, jax.Array, OutputProjection], tuple[jax.Array, Any, Any]]
 """The attention plug, `attend(q, k, v, cache, layer, project) -> (project(out), cache, record)`.
 
 `q` [b, T, Hq, d]; `k`, `v` [b, T, Hkv, d], after the rotary embedding, in the compute dtype; `layer` [] int32;
@@ -168,10 +168,6 @@ class Linear(nn.Module):
         return y + self.param("bias", nn.initializers.zeros, (self.features,), dtype).astype(y.dtype)
 
 
-def _rows(config: LlamaConfig, out: jax.Array) -> jax.Array:
-    return out.reshape(*out.shape[:2], -1).astype(config.dtype)
-
-
 class Embed(nn.Module):
     """The token embedding, and its transpose as the output layer of models that tie the two."""
 
@@ -223,9 +219,9 @@ class Attention(nn.Module):
         own = Linear(c, c.d_model, c.attention_bias, name="o_proj")
 
         def here(out):
-            return own(_rows(c, out))
+            return own(out.reshape(*out.shape[:2], -1).astype(c.dtype))
 
-        return self.attend(q, k, v, cache, layer, Project(here, self.output))
+        return self.attend(q, k, v, cache, layer, OutputProjection(here, self.output))
 
 
 class MLP(nn.Module):
