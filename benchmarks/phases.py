@@ -62,7 +62,7 @@ def many(q, cache, common):
     """CALLS steps by one plan, each of which waits for the one before; what they return is stored."""
 
     def step(q, _):
-        out, certificate, plan = certified_layer(q, cache, jnp.int32(0), POLICY, common)
+        out, certificate, plan, _ = certified_layer(q, cache, jnp.int32(0), POLICY, common)
         return q + out.reshape(q.shape) * 1e-20, (certificate.packed(), plan)
 
     q, (certificates, plans) = lax.scan(step, q, None, length=CALLS)

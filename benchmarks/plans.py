@@ -39,7 +39,7 @@ def certify(q, cache):
 
     def visit(_, x):
         layer, q = x
-        _, record, plan = certified_layer(q[None], cache, layer, POLICY, common)
+        _, record, plan, _ = certified_layer(q[None], cache, layer, POLICY, common)
         return None, (record, plan)
 
     layers = jnp.arange(len(q), dtype=jnp.int32)

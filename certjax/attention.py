@@ -19,6 +19,7 @@ from certjax.cache import TieredKVCache
 from certjax.certificate import Certificate
 from certjax.costs import read_costs
 from certjax.errors import InvalidArgumentError
+from certjax.fused.append import Token
 from certjax.fused.attention import fused_attention, fused_naive
 from certjax.fused.chain import chained_attention
 from certjax.fused.dispatch import FUSED, chained, kernels_of, pick_backend
@@ -71,7 +72,7 @@ def certified_attention(
     if backend in FUSED and cache.layer is None:  # a view of one layer has been copied out of the stack already
         sound = checks.fingerprints_ok(cache, policy.scrub).all(1) if policy.scrub else jnp.ones(q.shape[0], bool)
         attend = _fused(policy, backend, groups)
-        out, certificate, _ = attend(groups, cache.stacked(), jnp.int32(0), sound=sound)
+        out, certificate, *_ = attend(groups, cache.stacked(), jnp.int32(0), sound=sound)
         return _flat(out), _flat_record(certificate)
     problem = reading.build(groups, cache)
     attempt = {"paper": _by_mass, "budget": _within_budget, "observe": _as_stored}[policy.kind]
@@ -98,9 +99,11 @@ def certified_layer(
     common: Shared | None = None,
     project: Project = as_it_is,
     again: Again | None = None,
-) -> tuple[jax.Array, Certificate, jax.Array | None]:
+    token: Token | None = None,
+) -> tuple[jax.Array, Certificate, jax.Array | None, TieredKVCache]:
     """`certified_attention` for layer `layer` of a stacked cache, as a decode loop calls it, with what is
-    `common_to_layers`; and what `cache.plan` is to have for the layer at the next step, where it is to change.
+    `common_to_layers`; what `cache.plan` is to have for the layer at the next step, where it is to change; and the
+    cache, with the originals of `token`, which the windows hold already (`fused.append`), where there is one.
 
     `project`: what is done next with the output, `[batch, Hq, d]` float32, and is returned in its place. While kernels
     find out whether a candidate's bound holds, it is projected. `again(projected, out, revised)` keeps that, or
@@ -111,22 +114,26 @@ def certified_layer(
     checks once a step for all layers.
     """
     backend = pick_backend(policy, cache, q.shape[1])
-    if backend not in FUSED:
-        out, certificate = certified_attention(q, cache.at(layer), policy)
-        return project(out), certificate, None
-    cache.require_tier2()
     groups = _grouped(q, cache)
-    attend = _fused(policy, backend, groups)
-    if again is not None:
-        if attend.func is not chained_attention:
-            raise InvalidArgumentError(
-                "again: nothing is projected before it is certain but in a chain of kernels; leave it out."
-            )
-        attend = functools.partial(attend, again=lambda y, out, revised: again(y, _flat(out), revised))
-    out, certificate, plan = attend(
-        groups, cache, layer, sound=cache.sound, common=common, project=lambda out: project(_flat(out))
-    )
-    return out, _flat_record(certificate), plan
+    attend = _fused(policy, backend, groups) if backend in FUSED else None
+    in_chain = attend is not None and attend.func is chained_attention
+    if again is not None and not in_chain:
+        raise InvalidArgumentError(
+            "again: nothing is projected before it is certain but in a chain of kernels; leave it out."
+        )
+    if token is not None and not in_chain:
+        cache = cache.write_originals(*token, layer)
+    if attend is None:
+        out, certificate = certified_attention(q, cache.at(layer), policy)
+        return project(out), certificate, None, cache
+    cache.require_tier2()
+    attend = functools.partial(attend, sound=cache.sound, common=common, project=lambda out: project(_flat(out)))
+    if in_chain:
+        project_again = None if again is None else lambda y, out, revised: again(y, _flat(out), revised)
+        out, certificate, plan, cache = attend(groups, cache, layer, again=project_again, token=token)
+    else:
+        out, certificate, plan = attend(groups, cache, layer)
+    return out, _flat_record(certificate), plan, cache
 
 
 def _fused(policy: Policy, backend: str, groups: jax.Array):

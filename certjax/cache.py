@@ -28,6 +28,7 @@ from certjax.codecs.base import Codes
 from certjax.codecs.notes import Shares
 from certjax.encode import close_block, close_blocks, encode_blocks, encode_prompt
 from certjax.errors import ContextLengthError, InvalidArgumentError, MissingTier2Error
+from certjax.ordering import not_before
 from certjax.policy import Policy
 from pallas_kernels import numerics as num
 from pallas_kernels.levels import TILE, initial_plan
@@ -246,11 +247,18 @@ class TieredKVCache:
             cache = cache._write_row(row, k[row], v[row], at)
         return cache
 
-    def write_originals(self, k: jax.Array, v: jax.Array, layer: jax.Array) -> TieredKVCache:
-        """As `write`, in tier 2 alone: the windows hold the token already."""
+    def write_originals(
+        self, k: jax.Array, v: jax.Array, layer: jax.Array, after: jax.Array | None = None
+    ) -> TieredKVCache:
+        """As `write`, in tier 2 alone, of the token that was counted last: the windows hold it already.
+
+        `after`: a number that what is read of tier 2 before has led to (`ordering.not_before`).
+        """
         cache = self
         for row in range(self.length.shape[0]):
-            cache = cache._write_originals(row, k[row], v[row], (layer,))
+            place = self.length[row] - 1
+            place = place if after is None else not_before(place, after)
+            cache = cache._write_originals(row, place, k[row], v[row], (layer,))
         return cache
 
     def _write_row(self, row: int, k: jax.Array, v: jax.Array, at: tuple) -> TieredKVCache:
@@ -279,13 +287,13 @@ class TieredKVCache:
                 token = jnp.where(pos < sink.shape[-2], num.cast(token[:, None], sink.dtype), old)
                 new[name] = _put(sink, token, (*at, row), 1, there)
 
-        return self.replace(**new)._write_originals(row, k, v, at)
+        return self.replace(**new)._write_originals(row, pos, k, v, at)
 
-    def _write_originals(self, row: int, k: jax.Array, v: jax.Array, at: tuple) -> TieredKVCache:
+    def _write_originals(self, row: int, pos: jax.Array, k: jax.Array, v: jax.Array, at: tuple) -> TieredKVCache:
         """The part of `_write_row` that concerns tier 2."""
         if self.host_keys is None:
             return self
-        there, new = jnp.minimum(self.length[row], self.capacity - 1), {}
+        there, new = jnp.minimum(pos, self.capacity - 1), {}
         for name, token in (("host_keys", k), ("host_values", v)):
             tier2 = getattr(self, name)
             token = num.cast(token, tier2.dtype)[:, None]

@@ -15,8 +15,8 @@ class Kernels:
     name: str
     scan: Callable
     coarse: Callable
-    fine: Callable
-    fine_beside: Callable  # with fewer programs that read from the host, beside the scan
+    fine: Callable  # with all programs, for what reads all of tier 1 at its finest
+    fine_beside: Callable  # with fewer programs, beside the scan, and where most often there is nothing to do
     originals: Callable
     splits: int  # most parts that sums over a head's tiles come in
     fewest: int  # programs that a head's tiles are dealt out to, and least
@@ -61,8 +61,8 @@ def mosaic_kernels(n_heads: int) -> Kernels:
         return max(1, min(64, int(at_once * PROCESSORS) // n_heads - others))
 
     # Beside the scan there is room for a program of `fine_beside` on a fifth of the processors; those of both that find
-    # nothing to do return at once.
-    scan, coarse, fine = programs(2.8, WINDOWS), programs(4), programs(2)
+    # nothing to do return at once, one after the other: a second pass, of which that is the rule, has few.
+    scan, coarse, fine = programs(2.8, WINDOWS), programs(1), programs(2)
     beside = min(fine, REFINERS_BESIDE)
     originals = programs(2) // 2 * 2 or 1  # even: two share a tile
     return Kernels(

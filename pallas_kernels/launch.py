@@ -73,7 +73,7 @@ def _translated(kernel, pointers: tuple[str, ...], constants: tuple[tuple[str, A
 
 def _interpret(kernel, *arrays, out, grid, in_place, constants):
     several = isinstance(out, (list, tuple))
-    results = [_Tensor(np.full(x.shape, 77, x.dtype)) for x in (out if several else [out])]
+    results = [_Tensor(_anything(x)) for x in (out if several else [out])]
     for i, o in in_place.items():
         results[o].array[...] = arrays[i]
     tensors = [_Tensor(np.array(x)) for x in arrays]
@@ -81,6 +81,11 @@ def _interpret(kernel, *arrays, out, grid, in_place, constants):
         kernel[grid](*tensors, *results, **constants)
     found = [x.array for x in results]
     return found if several else found[0]
+
+
+def _anything(x: jax.ShapeDtypeStruct) -> np.ndarray:
+    """What may be there before a kernel has stored something."""
+    return np.full(x.shape, np.nan if jax.dtypes.issubdtype(x.dtype, np.floating) else 77, x.dtype)
 
 
 class _Tensor:

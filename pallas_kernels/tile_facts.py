@@ -30,24 +30,30 @@ def number(pointer, mask):
 
 
 @triton.jit
-def tile_sums(stats, row, nu_peak, read, C: tl.constexpr):
-    """`sum w`, `sum w nu`, `sqrt(sum w^2)`, which is no more than the first, and `sum w s` with the values' scales, of
-    tiles `row` of `stats` [H NT, 4, C], 0 where not `read`."""
+def load_sums(stats, row, there, C: tl.constexpr):
+    """Of tiles `row` of `stats` [H NT, 4, C], where they are `there`: `sum w`, `sum w share`, `sum w^2`, `sum w s` with
+    the values' scales, and the first two again times the keys' scales."""
     of = stats + row[:, None] * (4 * C) + (tl.arange(0, C) % (C // 2))[None]
-    mask = read[:, None]
-    a = tl.load(of, mask=mask, other=0.0)
-    n = tl.load(of + C, mask=mask, other=0.0) * (nu_peak * PEAK_STEP)[:, None]
-    norm = least(tl.sqrt(tl.load(of + 2 * C, mask=mask, other=0.0)) + FLUSHED, a)
-    return a, n, norm, tl.load(of + 3 * C, mask=mask, other=0.0)
+    mask, keyed = there[:, None], of + C // 2
+    return (
+        tl.load(of, mask=mask, other=0.0), tl.load(of + C, mask=mask, other=0.0),
+        tl.load(of + 2 * C, mask=mask, other=0.0), tl.load(of + 3 * C, mask=mask, other=0.0),
+        tl.load(keyed, mask=mask, other=0.0), tl.load(keyed + C, mask=mask, other=0.0),
+    )  # fmt: skip
 
 
 @triton.jit
-def keyed_sums(stats, row, nu_peak, read, C: tl.constexpr):
-    """`sum w s` and `sum w s nu` with the keys' scales."""
-    of = stats + row[:, None] * (4 * C) + (tl.arange(0, C) % (C // 2) + C // 2)[None]
-    mask = read[:, None]
-    keyed = tl.load(of, mask=mask, other=0.0)
-    return keyed, tl.load(of + C, mask=mask, other=0.0) * (nu_peak * PEAK_STEP)[:, None]
+def tile_sums(loaded, nu_peak, read):
+    """`sum w`, `sum w nu`, `sqrt(sum w^2)`, which is no more than the first, and `sum w s` with the values' scales; and
+    `sum w s` and `sum w s nu` with the keys': 0 where not `read`."""
+    a, n, squares, scaled, keyed, keyed_n = loaded
+    read, share = read[:, None], (nu_peak * PEAK_STEP)[:, None]
+    a = tl.where(read, a, 0.0)
+    norm = least(tl.sqrt(tl.where(read, squares, 0.0)) + FLUSHED, a)
+    return (
+        a, tl.where(read, n * share, 0.0), norm, tl.where(read, scaled, 0.0), tl.where(read, keyed, 0.0),
+        tl.where(read, keyed_n * share, 0.0),
+    )  # fmt: skip
 
 
 @triton.jit

@@ -25,6 +25,7 @@ from certjax.fused.project import in_kernels
 from pallas_kernels import dispatch
 from pallas_kernels import levels as lv
 from pallas_kernels import query as qr
+from pallas_kernels.launch import launch
 from tests.oracle import f64
 
 pytest.importorskip("triton", reason="Triton's interpreter, or Triton for the GPU, is not installed")
@@ -79,17 +80,17 @@ def step(attend, q, cache, policy, sound=(True, True), seen=None, layer=1):
         return attend
 
     if seen is not None:
-        kernels = dataclasses.replace(plain, fine_beside=recorded(plain.fine_beside), fine=recorded(plain.fine))
+        kernels = dataclasses.replace(plain, fine_beside=recorded(plain.fine_beside))
     run = jax.jit(lambda q, cache: attend(q, cache, jnp.int32(layer), policy, kernels, jnp.array(sound)))
-    out, certificate, plan = run(q, cache)
+    out, certificate, plan, *_ = run(q, cache)
     return f64(out), jax.tree.map(lambda x: np.asarray(x, np.float64), certificate), np.asarray(plan)
 
 
-def exact(q, cache):
+def exact(q, cache, lengths=LENGTHS):
     """Attention over the originals of layer 1 in float64."""
     k, v = (f64(x[1]) for x in (cache.host_keys, cache.host_values))
     s = np.einsum("bhgd,bhnd->bhgn", f64(q), k) / np.sqrt(k.shape[-1])
-    s = np.where(np.arange(N) < np.asarray(LENGTHS)[:, None, None, None], s, -np.inf)
+    s = np.where(np.arange(N) < np.asarray(lengths)[:, None, None, None], s, -np.inf)
     w = np.exp(s - s.max(-1, keepdims=True))
     return np.einsum("bhgn,bhnd->bhgd", w / w.sum(-1, keepdims=True), v)
 
@@ -164,12 +165,15 @@ def test_queries_are_prepared_to_the_bit():
     common = ops.shared(cache)
     layer = ops.layer_of(cache, jnp.int32(1), common)
     want = jax.jit(ops.prepare)(q.reshape(B * H, -1, 128), layer)
-    got, facts = jax.jit(
+    got, facts, plan, arrived = jax.jit(
         lambda q: prepare_queries(
             q, ops.by_head(cache.stats.key_centre), common.largest, ops.rotation_matrix(128), layer.index,
+            (common.words, common.counts, common.summary),
             vanished=ops.VANISHED, room=ops.ROOM, tensor_unit=ops.TENSOR_UNIT,
         )
     )(q.reshape(B * H, -1, 128))  # fmt: skip
+    assert (arrived == 0).all()
+    jax.tree.map(np.testing.assert_array_equal, plan, [layer.words, layer.counts, layer.summary])
     apart = np.abs(f64(qr.value(qr.Fixed(got.parts, want.kernel.numbers[:, 0] * 0 + 1, None)))
                    - f64(qr.value(qr.Fixed(want.kernel.parts, want.kernel.numbers[:, 0] * 0 + 1, None))))  # fmt: skip
     assert apart.max() <= 1  # a step, where sums that end beside a half were rounded differently
@@ -218,6 +222,9 @@ def test_append_in_a_kernel_is_write():
         before = cache.replace(length=jnp.array(lengths))
         want = jax.jit(lambda c, k, v: c.write(k, v, jnp.int32(1)))(before, k, v)
         got = jax.jit(lambda c, k, v: in_a_kernel(c, k, v, jnp.int32(1)))(before, k, v)
+        after = jnp.nan if lengths[0] == 1280 else jnp.int32(7)
+        write = jax.jit(lambda c, k, v, after: c.counting().write_originals(k, v, jnp.int32(1), after))
+        got = write(got, k, v, after).replace(length=got.length)
         jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
@@ -253,7 +260,7 @@ for d in GROUPS:
     environment = os.environ | {"TRITON_INTERPRET": "0", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == ["13", "5"] * len(GROUPS), done.stdout
+    assert done.stdout.split() == ["8", "5"] * len(GROUPS), done.stdout
 
 
 @pytest.mark.parametrize("attend", [chained_attention, fused_attention])
@@ -284,10 +291,33 @@ def test_scores_far_below_their_reference_are_read_from_tier_1(attend):
     assert (np.linalg.norm(out - exact(q, far), axis=-1) <= certificate.e_total).all()
 
 
+@functools.cache
+def decide():
+    """A kernel of `decide_row` alone."""
+    import triton
+    import triton.language as tl
+
+    from pallas_kernels.judge.verdict import decide_row
+
+    globals().update(tl=tl, decide_row=decide_row)  # where a kernel looks for names
+
+    @triton.jit
+    def of_one_row(
+        record, counts, sound, meta, dense, flags, HEADS: tl.constexpr, HEADS_UP: tl.constexpr, GROUP: tl.constexpr,
+        C: tl.constexpr, FLAGS: tl.constexpr, NT: tl.constexpr, RELATIVE_TO: tl.constexpr, TOLERANCE: tl.constexpr,
+        POOLED: tl.constexpr,
+    ):  # fmt: skip
+        decide_row(
+            0, record, counts, sound, meta, dense, flags, HEADS, HEADS_UP, GROUP, C, FLAGS, NT, RELATIVE_TO, TOLERANCE,
+            POOLED,
+        )  # fmt: skip
+
+    return of_one_row
+
+
 def decided(norm, bound, policy):
-    """Heads that go dense `[H]`, of one row, with these norms and bounds of candidates: `_decide` and its twin."""
+    """Heads that go dense `[H]`, of one row, with these norms and bounds of candidates: `decide_row` and its twin."""
     from pallas_kernels.judge import record as rc
-    from pallas_kernels.judge import verdict
     from pallas_kernels.judge.contract import Contract
 
     heads, group = norm.shape
@@ -296,7 +326,12 @@ def decided(norm, bound, policy):
     contract = Contract(heads, group, policy.relative_to, policy.tolerance, policy.pooled)
     meta = jnp.tile(jnp.array([[1, 3, 512]]), (heads, 1))
     counts = jnp.zeros((heads, lv.COUNTS), jnp.int32)
-    goes, _ = verdict.decide(rows, counts, jnp.ones(1, bool), meta, 4, 4, contract)
+    of = [jax.ShapeDtypeStruct((heads, *more), jnp.int32) for more in ((), (4,))]
+    goes, flags = launch(
+        decide(), rows, counts, jnp.ones(1, bool), meta, out=of, grid=(1,), GROUP=group, C=2 * group, FLAGS=4, NT=4,
+        **contract.constants,
+    )  # fmt: skip
+    np.testing.assert_array_equal(flags, np.repeat(np.asarray(goes)[:, None] > 0, 4, 1))
     twin = heads_to_give_up(policy, norm[None], bound[None], jnp.zeros((1, heads), bool))[0]
     return np.asarray(goes), np.asarray(twin)
 

@@ -262,7 +262,7 @@ def test_generation_closes_blocks_and_keeps_the_contract():
 
 
 at_layer_0 = jax.jit(
-    lambda q, c, policy: certified_layer(q, c.stacked(), jnp.int32(0), policy), static_argnames="policy"
+    lambda q, c, policy: certified_layer(q, c.stacked(), jnp.int32(0), policy)[:3], static_argnames="policy"
 )
 
 

@@ -128,7 +128,7 @@ def time_certified(
     )
 
     def certified(q, cache, common):
-        out, record, plan = certified_layer(q, cache, layer, policy, common)
+        out, record, plan, _ = certified_layer(q, cache, layer, policy, common)
         return out, (record.packed(), plan)
 
     def naive(q, cache, common):

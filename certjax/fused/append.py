@@ -12,19 +12,24 @@ from pallas_kernels import numerics as num
 WINDOWS = ("ring_keys", "ring_values", "sink_keys", "sink_values")
 
 
+Token = tuple[jax.Array, jax.Array]
+"""Its keys and values, `[b, Hkv, d]`."""
+
+
 def append(
     cache: TieredKVCache, k: jax.Array, v: jax.Array, layer: jax.Array, policy: Policy, n_query_heads: int
-) -> TieredKVCache:
-    """As `cache.write(k, v, layer)`. `k`, `v`: [b, Hkv, d]; `layer`: [] int32."""
+) -> tuple[TieredKVCache, Token | None]:
+    """As `cache.write(k, v, layer)`; and what is left to be written of the originals, where `certified_layer` does that
+    beside what it computes. `k`, `v`: [b, Hkv, d]; `layer`: [] int32."""
     backend = pick_backend(policy, cache, n_query_heads)
     chained = backend == "mosaic_gpu" and kernels_of(backend, k.shape[0] * k.shape[1]).chained
     if not chained or cache.tier2 == "device" or not cache.sink_keys.shape[-2]:
-        return cache.write(k, v, layer)
-    return in_a_kernel(cache, k, v, layer)
+        return cache.write(k, v, layer), None
+    return in_a_kernel(cache, k, v, layer), (k, v)
 
 
 def in_a_kernel(cache: TieredKVCache, k: jax.Array, v: jax.Array, layer: jax.Array) -> TieredKVCache:
-    """`append` of a stacked cache that has a sink window and originals in host memory, or none."""
+    """`append` of a stacked cache that has a sink window, without what is left to be written."""
     from pallas_kernels.append.triton import append_to_windows
 
     tokens = (num.cast(x, cache.ring_keys.dtype) for x in (k, v))
@@ -32,4 +37,4 @@ def in_a_kernel(cache: TieredKVCache, k: jax.Array, v: jax.Array, layer: jax.Arr
         *tokens, cache.length, layer.reshape(1), tuple(getattr(cache, name) for name in WINDOWS),
         size=cache.block_size, capacity=cache.capacity,
     )  # fmt: skip
-    return cache.replace(**dict(zip(WINDOWS, windows, strict=True))).write_originals(k, v, layer)
+    return cache.replace(**dict(zip(WINDOWS, windows, strict=True)))

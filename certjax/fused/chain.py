@@ -1,10 +1,10 @@
 """The step of `certjax.fused.attention` with nothing between its kernels: what XLA would do there in fifty small ones,
-Triton kernels do in eleven.
+Triton kernels do in six.
 
 They hand each other what they found in global memory: prepare, scan, judge, plan; coarse, fine, and judge again (which
-do nothing where the plan of the step before has served); decide, dense, finish. What is done next with the output
-begins with the candidate, beside all that comes after judge. What each of the small ones computes is written in `jnp`
-in `operands`, `bound`, `plan` and `ladder`, its twins.
+do nothing where the plan of the step before has served); dense, finish. What is done next with the output begins with
+the candidate, beside all that comes after judge. What each of the small ones computes is written in `jnp` in
+`operands`, `bound`, `plan` and `ladder`, its twins.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from certjax.certificate import Certificate
 from certjax.fused import bound as bd
 from certjax.fused import operands as ops
 from certjax.fused import plan as pl
+from certjax.fused.append import Token
 from certjax.fused.attention import additions_of, per_program_of
 from certjax.fused.project import Again, Project, as_it_is
 from certjax.fused.record import BOUNDS, Reads, certificate
+from certjax.ordering import not_before
 from certjax.policy import Policy
 from pallas_kernels import levels as lv
 from pallas_kernels import numerics as num
@@ -38,8 +40,10 @@ def chained_attention(
     common: ops.Shared | None = None,
     project: Project = as_it_is,
     again: Again | None = None,
-) -> tuple[jax.Array, Certificate, jax.Array]:
-    """As `fused_attention`, for a policy with a tolerance.
+    token: Token | None = None,
+) -> tuple[jax.Array, Certificate, jax.Array, TieredKVCache]:
+    """As `fused_attention`, for a policy with a tolerance; and the cache, with the originals of `token`, where it is
+    given: nothing waits for the bus before the tiles that may be dense do.
 
     `again`: by default the output is projected whatever the candidate was projected to.
     """
@@ -47,6 +51,7 @@ def chained_attention(
     from pallas_kernels.judge import triton as judging
     from pallas_kernels.judge import verdict as vd
     from pallas_kernels.judge.contract import Contract
+    from pallas_kernels.judge.tally import tiles_and_parts
     from pallas_kernels.plan import triton as planning
     from pallas_kernels.prepare import triton as preparing
 
@@ -63,9 +68,9 @@ def chained_attention(
             "rho_v": cache.notes.rho_v,
         }.items()
     }  # fmt: skip
-    turn, (_, flags) = ops.rotation_matrix(d), qr.row_of_flags(n_tiles)
+    turn = ops.rotation_matrix(d)
     additions, halves = additions_of(n_tiles, kernels), per_program_of(n_tiles, kernels.fewest_dense)
-    depth = bd.TILE + min(n_tiles, sum(judging.tiles_and_parts(n_tiles))) + 64
+    depth = bd.TILE + min(n_tiles, sum(tiles_and_parts(n_tiles))) + 64
     rounding = rc.Rounding(
         split=bd.summed(additions + depth), turning=ops.turning_back(d),
         depth_gamma=num.gamma(depth), inflate=inflate(2 * depth), vanished=ops.VANISHED, highest=bd.HIGHEST,
@@ -77,16 +82,20 @@ def chained_attention(
     )  # fmt: skip
 
     contract = Contract(n_heads, group, policy.relative_to, policy.tolerance, policy.pooled)
-    operands, facts = preparing.prepare_queries(
+    operands, facts, plan, arrived = preparing.prepare_queries(
         q.reshape(-1, group, d), key_centre, common.largest, turn, index,
+        (common.words, common.counts, common.summary),
         vanished=ops.VANISHED, room=ops.ROOM, tensor_unit=ops.TENSOR_UNIT,
     )  # fmt: skip
     stats, weights, values, *windows = kernels.scan(
-        index, meta, x.words, operands, x.keys, x.key_scale, x.values, x.values_low, x.value_scale, x.nu,
+        index, meta, plan[0], operands, x.keys, x.key_scale, x.values, x.values_low, x.value_scale, x.nu,
         x.live, x.windows,
     )
     tier1 = x.keys, x.keys_low, x.key_scale, x.values, x.values_low, x.value_scale, x.nu
-    fine = kernels.fine_beside(index, x.words, x.counts, x.summary, operands, *tier1, x.host_keys, x.host_values)
+    words, counts, summary = plan
+    # After the scan has begun, whose programs would otherwise find their places taken.
+    begun = not_before(counts, operands.numbers[0, qr.UNIT, 0])
+    fine = kernels.fine_beside(index, words, begun, summary, operands, *tier1, x.host_keys, x.host_values)
     of_layer = judging.Layer(notes, facts, common.largest, value_centre, turn, meta, index)
 
     def found(words, counts, summary, values, fine, fine_stats, host, host_sums):
@@ -98,23 +107,24 @@ def chained_attention(
         contract=contract, d=d, aim=pl.HEADROOM * policy.margin, host_fee=pl.host_fee(policy),
         max_promoted=policy.max_promoted, refresh=pl.REFRESH, least=pl.LEAST, summed=bd.summing(d, additions, depth),
     )  # fmt: skip
-    out, record = judging.judge(
-        found(x.words, x.counts, x.summary, values, *fine), of_layer, rounding, group=group, canary=policy.canary
+    out, record, arrived = judging.judge(
+        found(*plan, values, *fine), of_layer, arrived, rounding, group=group, canary=policy.canary
     )
     # What is done next with the output begins with the candidate, while the rest finds out whether it will do.
     y = project(out.reshape(q.shape))
-    asked, (words, counts, summary), held = planning.choose(
-        stats, weights, record, x.words, notes, facts, meta, index, terms
+    asked, (words, counts, summary), held, verdict = planning.choose(
+        stats, weights, record, plan[0], notes, facts, meta, index, sound, terms
     )
+    if token is not None:
+        cache = cache.write_originals(*token, layer, after=arrived[0])
+    originals = ops.originals_of(cache)
     values = kernels.coarse(index, words, counts, weights, x.values, x.values_low)
-    fine = kernels.fine(index, words, counts, summary, operands, *tier1, x.host_keys, x.host_values)
-    out, record = judging.judge_again(
-        found(words, counts, summary, values, *fine), of_layer, asked, out, record, rounding, canary=policy.canary
-    )
-    verdict, everything = vd.decide(record, counts, sound, meta, n_tiles, flags, contract)
-    dense = kernels.originals(
-        index, meta, everything, verdict, operands, x.host_keys, x.host_values, alone=True
-    )
+    fine = kernels.fine_beside(index, words, counts, summary, operands, *tier1, *originals)
+    out, record, (verdict, everything) = judging.judge_again(
+        found(words, counts, summary, values, *fine), of_layer, asked, verdict, out, record, arrived, sound, rounding,
+        contract, canary=policy.canary,
+    )  # fmt: skip
+    dense = kernels.originals(index, meta, everything, verdict, operands, *originals, alone=True)
     out, record, revised = vd.finish(
         verdict, asked, dense, facts, out, record, of_dense, capacity=cache.capacity, reads=halves
     )
@@ -129,4 +139,4 @@ def chained_attention(
         candidate_norm=rows[:, :, rc.NORM.value], norm=rows[:, :, rc.RETURNED_NORM.value],
         e_total=rows[:, :, rc.RETURNED_BOUND.value], tail_mass=rows[:, :, rc.TAIL_MASS.value],
         delta_max=rows[:, :, rc.DELTA_MAX.value],
-    ), held[:, :n_tiles].astype(jnp.uint16).reshape(batch, n_heads, -1)  # fmt: skip
+    ), held[:, :n_tiles].astype(jnp.uint16).reshape(batch, n_heads, -1), cache  # fmt: skip

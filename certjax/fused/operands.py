@@ -130,6 +130,13 @@ def shared(cache: TieredKVCache, finest: bool = False) -> Shared:
     )
 
 
+def originals_of(cache: TieredKVCache) -> tuple[jax.Array | None, jax.Array | None]:
+    """Keys and values of a stacked cache, `[L, H, N, d]`."""
+    if cache.host_keys is None:
+        return None, None
+    return tuple(x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (cache.host_keys, cache.host_values))
+
+
 def layer_of(cache: TieredKVCache, layer: jax.Array, common: Shared) -> Layer:
     """`cache`: as for `shared`; `layer`: [] int32."""
 
@@ -144,9 +151,7 @@ def layer_of(cache: TieredKVCache, layer: jax.Array, common: Shared) -> Layer:
         return jax.lax.dynamic_index_in_dim(x, layer, 0, False)
 
     codes, notes, active = cache.codes, cache.notes, common.active[..., None]
-    host = (None, None)
-    if cache.host_keys is not None:
-        host = tuple(x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (cache.host_keys, cache.host_values))
+    host_keys, host_values = originals_of(cache)
     windows = [
         flat(x) for x in (cache.sink_keys, cache.sink_values, cache.ring_keys, cache.ring_values) if x.shape[-2]
     ]
@@ -160,8 +165,8 @@ def layer_of(cache: TieredKVCache, layer: jax.Array, common: Shared) -> Layer:
         value_scale=flat(codes.v_scale, 1),
         nu=flat(notes.nu.share, 1),
         windows=tuple(windows),
-        host_keys=host[0],
-        host_values=host[1],
+        host_keys=host_keys,
+        host_values=host_values,
         kappa_peak=jnp.where(active, here(notes.kappa.peak), 0.0),
         eta_peak=here(notes.eta.peak),
         rho_k=here(notes.rho_k),

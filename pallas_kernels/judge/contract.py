@@ -30,9 +30,16 @@ class Contract:
 
 
 @triton.jit
+def checks_failed(norm, passed, sound):
+    """Whether a row failed a check, of its heads' `[heads, C]` or of its originals: 1 or 0."""
+    fine = (tl.abs(norm) < float("inf")) & (passed > 0)  # NaN is not less
+    return ((tl.sum(tl.sum((~fine).to(tl.int32), 1), 0) > 0) | (sound.to(tl.int32) == 0)).to(tl.int32)
+
+
+@triton.jit
 def fits_as_it_is(norm, own, shown, TOLERANCE: tl.constexpr, RELATIVE_TO: tl.constexpr, POOLED: tl.constexpr,
                   SHARES: tl.constexpr):  # fmt: skip
-    """Whether a row keeps its tolerance, `[heads, C]`: what `_decide` says of nobody going dense."""
+    """Whether a row keeps its tolerance, `[heads, C]`: then nobody goes dense, for whom `decide_row` is not asked."""
     own = tl.where(shown, no_nan(own), 0.0)
     if RELATIVE_TO == "layer":
         # In units of the longest output, so that no square overflows or vanishes.

@@ -1,4 +1,4 @@
-"""What judge hands on to decide and finish, and the constants of rounding that all three take."""
+"""What judge hands on to plan, itself and finish, and the constants of rounding that it takes."""
 
 from __future__ import annotations
 

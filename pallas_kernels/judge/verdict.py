@@ -6,7 +6,6 @@ Twins: `certjax.fused.ladder.heads_to_give_up`, `certjax.fused.bound.judge_dense
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import triton
 import triton.language as tl
 
@@ -14,7 +13,7 @@ from pallas_kernels import levels as lv
 from pallas_kernels import numerics as num
 from pallas_kernels.device_math import MAX_DELTA, exp_up, expm1_up, least, most, no_nan
 from pallas_kernels.judge import record as rc
-from pallas_kernels.judge.contract import Contract
+from pallas_kernels.judge.contract import checks_failed
 from pallas_kernels.judge.record import (
     E_TOTAL,
     NORM,
@@ -34,16 +33,16 @@ U, UNDERFLOW, FLOOR = tl.constexpr(num.U), tl.constexpr(num.UNDERFLOW), tl.const
 
 
 @triton.jit
-def _decide(
+def decide_row(
+    batch,
     record, counts, sound, meta,  # inputs
     dense, flags,  # outputs
     HEADS: tl.constexpr, HEADS_UP: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, FLAGS: tl.constexpr,
     NT: tl.constexpr, RELATIVE_TO: tl.constexpr, TOLERANCE: tl.constexpr, POOLED: tl.constexpr,
 ):  # fmt: skip
-    """Of one KV head (every head of a row comes to the same decision): 0 returned as it is, 1 dense, 2 dense because
-    the row failed a check."""
-    h = tl.program_id(0)
-    batch, head, col = h // HEADS, tl.arange(0, HEADS_UP), tl.arange(0, C)
+    """Of the KV heads of a row that a second pass was asked for: 0 returned as it is, 1 dense, 2 dense because the row
+    failed a check; and the tiles that dense attention reads."""
+    head, col = tl.arange(0, HEADS_UP), tl.arange(0, C)
     real = head < HEADS
     shown = real[:, None] & (col < GROUP)[None]
     of = record + (batch * HEADS + head[:, None]) * ROWS * C + col[None]
@@ -51,8 +50,7 @@ def _decide(
     own = no_nan(tl.load(of + E_TOTAL * C, mask=shown, other=0.0))
     passed = tl.load(of + PASSED * C, mask=shown, other=1.0)
     gone = tl.load(counts + (batch * HEADS + head) * COUNTS + GIVE_UP, mask=real, other=0) > 0
-    fine = (tl.abs(norm) < float("inf")) & (passed > 0)  # NaN is not less
-    failed = (tl.sum(tl.sum((~fine).to(tl.int32), 1), 0) > 0) | (tl.load(sound + batch).to(tl.int32) == 0)
+    failed = checks_failed(norm, passed, tl.load(sound + batch)) > 0
     own = tl.where(gone[:, None] & shown, float("inf"), own)
     if RELATIVE_TO == "layer":
         # In units of the longest output, so that no square overflows or vanishes.
@@ -80,14 +78,15 @@ def _decide(
         else:
             allowed = tl.full((HEADS_UP, C), TOLERANCE, tl.float32)
         goes = gone | (tl.sum((~(own <= allowed) & shown).to(tl.int32), 1) > 0)
-    mine = tl.sum((goes & (batch * HEADS + head == h)).to(tl.int32), 0)
-    verdict = tl.where(failed, 2, mine)
-    tl.store(dense + h, verdict)
-    length = tl.load(meta + h * 3 + 2)
-    for start in range(0, FLAGS, 256):
-        t = start + tl.arange(0, 256)
-        chosen = (t < NT) & (t * TILE < length) & (verdict > 0)
-        tl.store(flags + h * FLAGS + t, chosen.to(tl.int32), mask=t < FLAGS)
+    verdict = tl.where(failed, 2, goes.to(tl.int32))
+    h = batch * HEADS + head
+    tl.store(dense + h, verdict, mask=real)
+    length = tl.load(meta + h * 3 + 2, mask=real, other=0)
+    length = tl.where(verdict > 0, length, 0)[:, None]
+    for start in range(0, FLAGS, 128):
+        t = start + tl.arange(0, 128)[None]
+        chosen = (t < NT) & (t * TILE < length)
+        tl.store(flags + h[:, None] * FLAGS + t, chosen.to(tl.int32), mask=(t < FLAGS) & real[:, None])
 
 
 @triton.jit
@@ -140,25 +139,6 @@ def _finish(
         of = record + h * ROWS * C + col
         tl.store(of + RETURNED_NORM * C, norm)
         tl.store(of + RETURNED_BOUND * C, error)
-
-
-def decide(
-    record: jax.Array,  # [H, ROWS, C]
-    counts: jax.Array,
-    sound: jax.Array,  # [b] bool
-    meta: jax.Array,
-    n_tiles: int,
-    flags: int,
-    contract: Contract,
-) -> tuple[jax.Array, jax.Array]:
-    """A verdict on each head, `[H]` int32 (0 stays, 1 dense, 2 dense as a check of its row failed), and the tiles that
-    dense attention reads, `[H, flags]` int32."""
-    heads, _, columns = record.shape
-    return launch(
-        _decide, record, counts, sound, meta,
-        out=[jax.ShapeDtypeStruct((heads,), jnp.int32), jax.ShapeDtypeStruct((heads, flags), jnp.int32)],
-        grid=(heads,), GROUP=contract.group, C=columns, FLAGS=flags, NT=n_tiles, **contract.constants,
-    )  # fmt: skip
 
 
 def finish(

@@ -2,7 +2,7 @@
 
 Two kernels, as the second needs sums over what the first found: `_offer` says what is asked for at all, what each tile
 would add to the bound and what is left of a layer's at every price, `_settle` takes the highest price that fits. These
-are estimates: they decide what is read and nothing else.
+are estimates: they decide what is read and nothing else. Where nothing more is read, `_settle` gives the verdict.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import triton.language as tl
 from pallas_kernels import levels as lv
 from pallas_kernels.device_math import expm1_up, least, most, no_nan, product, rounded
 from pallas_kernels.judge import record as rc
-from pallas_kernels.judge.contract import Contract, fits_as_it_is
-from pallas_kernels.judge.record import E_TOTAL, FROM_CENTRE, L_MINUS, NORM, NU_MEAN, ROWS, TOTAL
+from pallas_kernels.judge.contract import Contract, checks_failed, fits_as_it_is
+from pallas_kernels.judge.record import E_TOTAL, FROM_CENTRE, L_MINUS, NORM, NU_MEAN, PASSED, ROWS, TOTAL
 from pallas_kernels.launch import launch
 from pallas_kernels.tile_facts import (
     NOTES,
     key_terms,
-    keyed_sums,
     linear_value_terms,
+    load_sums,
     number,
     tile_sums,
 )
@@ -46,6 +46,7 @@ PROMOTED, WHOLE = tl.constexpr(lv.PROMOTED), tl.constexpr(lv.PROMOTED + 1)
 KEPT, ANEW, REDO = tl.constexpr(rc.KEPT), tl.constexpr(rc.ANEW), tl.constexpr(rc.REDO)
 
 CHUNK, LOOK, TILES_READ = lv.CHUNK, tl.constexpr(lv.LOOK), tl.constexpr(lv.TILES_READ)
+TILE = tl.constexpr(lv.TILE)
 AT_ONCE = tl.constexpr(8)
 """Promoted tiles whose pieces are chosen at once."""
 
@@ -96,8 +97,9 @@ def _offer_tiles(
     from_centre, nu_mean = tl.load(of + FROM_CENTRE * C), tl.load(of + NU_MEAN * C)
     came_to = tl.load(of + E_TOTAL * C)
     first, end = tl.load(meta + h * 3), tl.load(meta + h * 3 + 1)
-    active = (t >= first) & (t < end)
+    active, there = (t >= first) & (t < end), t < NT
     noted = (at * H + h) * NT + t
+    loaded = load_sums(stats, h * NT + t, there, C)
     now = tl.load(before + h * FLAGS + t, mask=active, other=0)
     now = tl.where(now == (PROMOTED | ((2**PIECES - 1) << 8)), WHOLE, now & 255)
     nu_peak = number(nu + noted, active)
@@ -108,8 +110,7 @@ def _offer_tiles(
     rho_v0, rho_v1 = number(rho_v + noted * 2, active)[:, None], number(rho_v + noted * 2 + 1, active)[:, None]
     sigma_v0, sigma_v1 = number(sigma_v + noted * 3, active)[:, None], number(sigma_v + noted * 3 + 1, active)[:, None]
     sigma_v2 = number(sigma_v + noted * 3 + 2, active)[:, None]
-    a, n, norm, scaled = tile_sums(stats, h * NT + t, nu_peak, active, C)
-    keyed, keyed_n = keyed_sums(stats, h * NT + t, nu_peak, active, C)
+    a, n, norm, scaled, keyed, keyed_n = tile_sums(loaded, nu_peak, active)
 
     if RELATIVE_TO == "absolute":
         room = tl.full((C,), TOLERANCE, tl.float32)
@@ -200,24 +201,33 @@ def _level_at(costs, h, t, active, price, NT: tl.constexpr, HOST_FEE: tl.constex
 
 @triton.jit
 def _settle(
-    costs, left, shares, weights, meta, asked, before,  # inputs
-    words, counts, summary, held,  # outputs
-    HEADS: tl.constexpr, HEADS_UP: tl.constexpr, NT: tl.constexpr, FLAGS: tl.constexpr, N_CHUNKS: tl.constexpr,
-    GROUP: tl.constexpr, C: tl.constexpr, T: tl.constexpr, POOLED: tl.constexpr, HOST_FEE: tl.constexpr,
-    PIECES: tl.constexpr, MAX_PROMOTED: tl.constexpr, LEAST: tl.constexpr,
+    costs, left, shares, weights, meta, asked, before, record, sound,  # inputs
+    words, counts, summary, held, dense, flags,  # outputs
+    HEADS: tl.constexpr, HEADS_UP: tl.constexpr, NT: tl.constexpr, FLAGS: tl.constexpr,
+    N_CHUNKS: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, T: tl.constexpr, POOLED: tl.constexpr,
+    HOST_FEE: tl.constexpr, PIECES: tl.constexpr, MAX_PROMOTED: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
-    """A new plan where one is asked for, and what the cache keeps for the next step."""
+    """A new plan where one is asked for, what the cache keeps for the next step, and a verdict on what stays."""
     h, own = tl.program_id(0), tl.program_id(1)
-    what = tl.load(asked + h)
+    t = own * T + tl.arange(0, T)
+    what, past = tl.load(asked + h), tl.load(before + h * FLAGS + t, mask=t < FLAGS, other=0)
+    first, end, length = tl.load(meta + h * 3), tl.load(meta + h * 3 + 1), tl.load(meta + h * 3 + 2)
+    row, col = tl.arange(0, HEADS_UP)[:, None], tl.arange(0, C)[None]
+    of, shown = record + (h // HEADS * HEADS + row) * ROWS * C + col, (row < HEADS) & (col < GROUP)
+    norm, passed = tl.load(of + NORM * C, mask=shown, other=0.0), tl.load(of + PASSED * C, mask=shown, other=1.0)
+    verdict = 2 * checks_failed(norm, passed, tl.load(sound + h // HEADS))
+    verdict = tl.where(what == REDO, tl.maximum(verdict, 1), verdict)  # dense, if nobody decides
+    tl.store(flags + h * FLAGS + t, ((t < NT) & (t * TILE < length) & (verdict > 0)).to(tl.int32), mask=t < FLAGS)
+    if own == 0:
+        tl.store(dense + h, verdict)
+    active = (t >= first) & (t < end)
     if what != KEPT:
         _settle_tiles(
             costs, left, shares, weights, meta, what, words, counts, summary, held, HEADS, HEADS_UP, NT, FLAGS,
             N_CHUNKS, GROUP, C, T, POOLED, HOST_FEE, PIECES, MAX_PROMOTED, LEAST,
         )  # fmt: skip
     else:
-        t = own * T + tl.arange(0, T)
-        active = (t >= tl.load(meta + h * 3)) & (t < tl.load(meta + h * 3 + 1))
-        tl.store(held + h * FLAGS + t, tl.load(before + h * FLAGS + t, mask=active, other=COARSE), mask=t < FLAGS)
+        tl.store(held + h * FLAGS + t, tl.where(active, past, COARSE), mask=t < FLAGS)
         block = tl.arange(0, T // LOOK)
         tl.store(summary + (h * tl.num_programs(1) + own) * (T // LOOK) + block, tl.zeros((T // LOOK,), tl.int32))
         if own == 0:
@@ -252,7 +262,7 @@ def _settle_tiles(
     n_coarse, n_values = tl.zeros((T,), tl.int32), tl.zeros((T,), tl.int32)
     n_finest, n_promoted = tl.zeros((T,), tl.int32), tl.zeros((T,), tl.int32)
     mine = tl.zeros((T,), tl.int32)
-    for start in tl.range(0, NT, T, loop_unroll_factor=8):
+    for start in tl.range(0, NT, T, loop_unroll_factor=4):
         t = start + tile
         active = (t >= first) & (t < end)
         level = _level_at(costs, h, t, active, price, NT, HOST_FEE, PIECES)
@@ -337,11 +347,14 @@ def choose(
     facts: jax.Array,  # [H, 4, C] of `prepare_queries`
     meta: jax.Array,  # [H, 3] int32
     layer: jax.Array,  # [1] int32
+    sound: jax.Array,  # [b] bool
     terms: Terms,
-) -> tuple[jax.Array, list[jax.Array], jax.Array]:
+) -> tuple[jax.Array, list[jax.Array], jax.Array, tuple[jax.Array, jax.Array]]:
     """What is asked for, `[H]` int32 (`judge.record`); how much a second pass reads of every tile, `[H, flags]` int32,
     with its `counts` `[H, COUNTS]` and the `summary` of chunks (`pallas_kernels.levels`), both 0 where it is not asked
-    for; and the plan for the next step, `[H, flags]` int32."""
+    for; the plan for the next step, `[H, flags]` int32; and where it is not asked for a verdict: on each head, `[H]`
+    int32 (0 stays, 1 dense, 2 dense as a check of its row failed), and the tiles that dense attention reads,
+    `[H, flags]` int32."""
     heads, n_tiles, _, columns = stats.shape
     chunks, flags, d = -(-n_tiles // CHUNK), before.shape[1], terms.d
     i32, f32 = jnp.int32, jnp.float32
@@ -362,10 +375,14 @@ def choose(
         REFRESH=terms.refresh, FLAGS=flags, **{x: contract[x] for x in ("RELATIVE_TO", "TOLERANCE")}, **common,
     )  # fmt: skip
     numbers = lv.length_of_summary(flags)
-    *fresh, held = launch(
-        _settle, costs, left, shares, weights, meta, asked, before,
-        out=[jax.ShapeDtypeStruct((heads, n), i32) for n in (flags, COUNTS.value, numbers, flags)],
-        grid=(heads, -(-flags // CHUNK)), warps=8, FLAGS=flags, N_CHUNKS=chunks, MAX_PROMOTED=terms.max_promoted,
-        LEAST=terms.least, **common,
+    *fresh, held, dense, everything = launch(
+        _settle, costs, left, shares, weights, meta, asked, before, record, sound,
+        out=[
+            *[jax.ShapeDtypeStruct((heads, n), i32) for n in (flags, COUNTS.value, numbers, flags)],
+            jax.ShapeDtypeStruct((heads,), i32),
+            jax.ShapeDtypeStruct((heads, flags), i32),
+        ],
+        grid=(heads, -(-flags // CHUNK)), warps=4, FLAGS=flags, N_CHUNKS=chunks,
+        MAX_PROMOTED=terms.max_promoted, LEAST=terms.least, **common,
     )  # fmt: skip
-    return asked, fresh, held
+    return asked, fresh, held, (dense, everything)

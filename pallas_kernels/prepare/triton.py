@@ -32,11 +32,24 @@ def _fixed_point(x, largest):
 
 
 @triton.jit
+def _row(source, row, N: tl.constexpr):
+    i = tl.arange(0, triton.next_power_of_2(N))
+    return tl.load(source + row * N + i, mask=i < N, other=0)
+
+
+@triton.jit
+def _store_row(target, row, x, N: tl.constexpr):
+    i = tl.arange(0, triton.next_power_of_2(N))
+    tl.store(target + row * N + i, x, mask=i < N)
+
+
+@triton.jit
 def _prepare(
-    q, key_centre, largest_of_head, turn, layer,  # inputs
-    parts, wide, numbers, facts,  # outputs
+    q, key_centre, largest_of_head, turn, layer, all_words, all_counts, all_summary,  # inputs
+    parts, wide, numbers, facts, words, counts, summary, arrived,  # outputs
     H: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROOT: tl.constexpr,
     VANISHED: tl.constexpr, ROOM: tl.constexpr, TENSOR_UNIT: tl.constexpr, GAMMA: tl.constexpr,
+    FLAGS: tl.constexpr, BLOCKS: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
     h, at = tl.program_id(0), tl.load(layer)
     row, channel = tl.arange(0, ROWS), tl.arange(0, D)
@@ -47,6 +60,10 @@ def _prepare(
     signs = tl.load(turn + channel[:, None] * D + channel[None]).to(tl.float32)  # of R^T
     of_head = largest_of_head + at * 6 * H + h
     reach, reach_closed, centre_norm = tl.load(of_head), tl.load(of_head + 3 * H), tl.load(of_head + 4 * H)
+    of_plan = at * H + h
+    its_words, its_counts, its_summary = (
+        _row(all_words, of_plan, FLAGS), _row(all_counts, of_plan, COUNTS), _row(all_summary, of_plan, BLOCKS)
+    )  # fmt: skip
     largest = tl.max(tl.abs(x), 1)
     length = tl.sqrt(tl.sum(x * x, 1)) * NORM_SLACK + ROOT * VANISHED
     along = tl.sum(x * centre[None], 1)
@@ -107,6 +124,10 @@ def _prepare(
     tl.store(to + 2 * G, inexact * reach * NORM_SLACK + evaluated, mask=kept)
     tl.store(to + 4 * G, scale_plain * half_a_step * (NORM_SLACK / ROOT) + tensor, mask=kept)
     tl.store(to + 6 * G, reference, mask=kept)
+    _store_row(words, h, its_words, FLAGS)
+    _store_row(counts, h, its_counts, COUNTS)
+    _store_row(summary, h, its_summary, BLOCKS)
+    tl.store(arrived + tl.arange(0, 4) * H + h, tl.zeros((4,), tl.int32), mask=tl.arange(0, 4) < 3)
 
 
 def prepare_queries(
@@ -115,24 +136,29 @@ def prepare_queries(
     largest: jax.Array,  # [L, 6, H] float32, of `operands.Shared`
     turn: np.ndarray,  # [d, d] float32, R^T
     layer: jax.Array,  # [1] int32
+    plan: tuple[jax.Array, jax.Array, jax.Array],  # of `operands.Shared`: words, counts, summary, [L, H, .]
     *,
     vanished: float,
     room: float,
     tensor_unit: float,
-) -> tuple[qr.Operands, jax.Array]:
-    """Operands, and `[H, 4, C]` of norm, eps, eps_original and reference of `operands.Queries`."""
+) -> tuple[qr.Operands, jax.Array, list[jax.Array], jax.Array]:
+    """Operands; `[H, 4, C]` of norm, eps, eps_original and reference of `operands.Queries`; the layer's plan; and
+    zeros, `[3 H]` int32, by which programs of later kernels count themselves."""
     heads, group, d = q.shape
     columns = qr.columns(group)
     f32 = jnp.float32
-    *operands, facts = launch(
-        _prepare, q, key_centre, largest, jnp.asarray(np.sign(turn), jnp.int8), layer,
+    flags, n_counts, blocks = (x.shape[2] for x in plan)
+    *operands, facts, words, counts, summary, arrived = launch(
+        _prepare, q, key_centre, largest, jnp.asarray(np.sign(turn), jnp.int8), layer, *plan,
         out=[
             jax.ShapeDtypeStruct((heads, qr.PARTS, columns, d), jnp.int8),
             jax.ShapeDtypeStruct((heads, 2 * qr.PARTS, columns, d), jnp.bfloat16),
             jax.ShapeDtypeStruct((heads, qr.NUMBERS, columns), f32),
             jax.ShapeDtypeStruct((heads, 4, columns), f32),
+            *[jax.ShapeDtypeStruct((heads, n), jnp.int32) for n in (flags, n_counts, blocks)],
+            jax.ShapeDtypeStruct((3 * heads,), jnp.int32),
         ],
-        grid=(heads,), warps=8, H=heads, GROUP=group, G=columns // 2, D=d, ROOT=d**0.5, VANISHED=vanished, ROOM=room,
-        TENSOR_UNIT=tensor_unit, GAMMA=num.gamma(d + 4),
+        grid=(heads,), warps=16, H=heads, GROUP=group, G=columns // 2, D=d, ROOT=d**0.5, VANISHED=vanished, ROOM=room,
+        TENSOR_UNIT=tensor_unit, GAMMA=num.gamma(d + 4), FLAGS=flags, BLOCKS=blocks, COUNTS=n_counts,
     )  # fmt: skip
-    return qr.Operands(*operands), facts
+    return qr.Operands(*operands), facts, [words, counts, summary], arrived
