@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
 import functools
 import itertools
 import sys
@@ -23,6 +24,7 @@ import numpy as np
 from rich.progress import Progress
 
 from certjax import Policy, TieredKVCache, certified_attention
+from certjax.fused import dispatch
 from pallas_kernels import levels as lv
 from tests import adversarial as adv
 from tests.oracle import exact_error
@@ -140,6 +142,14 @@ def run(
     return totals
 
 
+def interpret_chain() -> None:
+    """Let fused policies run the Triton kernels between the big steps, in Triton's interpreter, in place of twins."""
+    import tests.conftest  # noqa: F401, tells Triton to interpret
+
+    plain = dispatch.reference_kernels
+    dispatch.reference_kernels = lambda: dataclasses.replace(plain(), chained=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--head-steps", type=int, default=1_000_000)
@@ -147,7 +157,12 @@ def main() -> None:
     parser.add_argument("--policies", default=",".join(adv.POLICIES), help="comma separated; default: all")
     parser.add_argument("--threads", type=int, default=1, help="share the policies; default: 1")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long")
+    parser.add_argument(
+        "--chain", action="store_true", help="without a GPU: fused policies by the chain's kernels, interpreted"
+    )
     args = parser.parse_args()
+    if args.chain:
+        interpret_chain()
     names = args.policies.split(",")
     if unknown := [name for name in names if name not in adv.POLICIES]:
         parser.error(f"--policies: unknown {', '.join(unknown)}; choose from {', '.join(adv.POLICIES)}.")
