@@ -130,9 +130,9 @@ def chained_attention(
     )
     y = project(out.reshape(q.shape)) if again is None else again(y, out.reshape(q.shape), revised)
     rows = record[:, :, :group].reshape(batch, n_heads, -1, group)
-    reads = (x.counts, x.summary), (counts, summary)
+    reads = plan[1:], (counts, summary)
     return y, certificate(
-        policy, cache, x.live, jnp.where((asked == rc.REDO)[:, None], counts, x.counts),
+        policy, cache, x.live, jnp.where((asked == rc.REDO)[:, None], counts, plan[1]),
         [Reads(n, lv.n_pieces(x)) for n, x in reads],
         verdict.reshape(batch, n_heads), sound, rows[:, :, rc.PASSED.value] > 0,
         bounds={name: rows[:, :, getattr(rc, name.upper()).value] for name in BOUNDS},

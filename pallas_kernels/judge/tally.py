@@ -75,7 +75,7 @@ def tally_tiles(
     finest = (level >= FINEST) & ~whole  # or what is not promoted of it
     values = finest | (level == VALUES)  # whose values are read at their finest
     delta = least(q_norm[None] * (tl.where(active, kappa_0, 0.0) * SLACK)[:, None], 80.0)
-    weight, _, _, _, _, _ = tile_sums(by_scan, nu_peak, promoted)
+    weight = tl.where(promoted[:, None], by_scan[0], 0.0)
     above, below = weight * exp_up(delta), weight * exp_down(-delta)
     a, n, norm, scaled, keyed, keyed_n = tile_sums(by_scan, nu_peak, active & ~finest)
     b, m, fine_norm, fine_scaled, fine_keyed, fine_keyed_n = tile_sums(by_fine, nu_peak, active & finest)
