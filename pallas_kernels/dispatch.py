@@ -16,12 +16,22 @@ class Kernels:
     scan: Callable
     coarse: Callable
     fine: Callable  # with all programs, for what reads all of tier 1 at its finest
-    fine_beside: Callable  # with fewer programs, beside the scan, and where most often there is nothing to do
+    fine_beside: Callable  # with fewer programs, where most often there is nothing to do
     originals: Callable
     splits: int  # most parts that sums over a head's tiles come in
     fewest: int  # programs that a head's tiles are dealt out to, and least
     fewest_dense: int  # the same of `originals`
     chained: bool = False  # what is between them runs in Triton kernels, see `certjax.fused.chain`
+    scan_and_fine: Callable | None = None  # both in one
+    uneven: int = 0  # tiles that a program of that may read beyond an even share
+
+    def by_plan(self, layer, meta, words, counts, summary, q, tier1, live, windows, host):
+        """All that a plan asks for: what `scan` returns, and `fine_beside`. `tier1`, `host`: as `fine` takes them."""
+        keys, keys_low, *rest = tier1
+        operands = layer, meta, words, q, keys, *rest, live, windows
+        if self.scan_and_fine is not None:
+            return self.scan_and_fine(*operands, fine=(counts, summary, keys_low, *host))
+        return self.scan(*operands), self.fine_beside(layer, words, counts, summary, q, *tier1, *host)
 
 
 PROCESSORS = 132
@@ -54,15 +64,16 @@ def mosaic_kernels(n_heads: int) -> Kernels:
     from pallas_kernels.coarse.mosaic import attend_coarse
     from pallas_kernels.fine.mosaic import attend_fine
     from pallas_kernels.originals.mosaic import attend_originals
-    from pallas_kernels.scan.mosaic import scan_tiles
+    from pallas_kernels.scan.dealing import MOST_AHEAD
+    from pallas_kernels.scan.mosaic import scan_and_fine, scan_tiles
 
     def programs(at_once: float, others: int = 0) -> int:
         """Of a head, where so many run on a processor at once."""
         return max(1, min(64, int(at_once * PROCESSORS) // n_heads - others))
 
-    # Beside the scan there is room for a program of `fine_beside` on a fifth of the processors; those of both that find
-    # nothing to do return at once, one after the other: a second pass, of which that is the rule, has few.
-    scan, coarse, fine = programs(2.8, WINDOWS), programs(1), programs(2)
+    # Those of `coarse` and `fine_beside` that find nothing to do return at once, one after the other: a second pass, of
+    # which that is the rule, has few.
+    scan, coarse, fine = programs(2.9, WINDOWS), programs(1), programs(2)
     beside = min(fine, REFINERS_BESIDE)
     originals = programs(2) // 2 * 2 or 1  # even: two share a tile
     return Kernels(
@@ -76,4 +87,6 @@ def mosaic_kernels(n_heads: int) -> Kernels:
         fewest=min(scan, coarse, beside),
         fewest_dense=originals,
         chained=importlib.util.find_spec("triton") is not None,
+        scan_and_fine=functools.partial(scan_and_fine, splits=scan, refiners=beside, readers=READERS_BESIDE),
+        uneven=MOST_AHEAD,
     )

@@ -80,7 +80,7 @@ def step(attend, q, cache, policy, sound=(True, True), seen=None, layer=1):
         return attend
 
     if seen is not None:
-        kernels = dataclasses.replace(plain, fine_beside=recorded(plain.fine_beside))
+        kernels = dataclasses.replace(plain, fine_beside=recorded(plain.fine_beside), scan_and_fine=None)
     run = jax.jit(lambda q, cache: attend(q, cache, jnp.int32(layer), policy, kernels, jnp.array(sound)))
     out, certificate, plan, *_ = run(q, cache)
     return f64(out), jax.tree.map(lambda x: np.asarray(x, np.float64), certificate), np.asarray(plan)
@@ -260,7 +260,8 @@ for d in GROUPS:
     environment = os.environ | {"TRITON_INTERPRET": "0", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == ["8", "5"] * len(GROUPS), done.stdout
+    # Of the others: all that the plan of the step before asks for, both parts of a second pass, dense heads.
+    assert done.stdout.split() == ["8", "4"] * len(GROUPS), done.stdout
 
 
 @pytest.mark.parametrize("attend", [chained_attention, fused_attention])

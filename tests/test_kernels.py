@@ -3,6 +3,7 @@
 On a GPU `pytest -m gpu` compares the compiled kernels with their twins.
 """
 
+import dataclasses
 import functools
 import re
 
@@ -20,6 +21,7 @@ from certjax.sampling import Sampling
 from pallas_kernels import dispatch
 from pallas_kernels import levels as lv
 from pallas_kernels import query as qr
+from pallas_kernels.scan.dealing import MOST_AHEAD, deal
 from tests.oracle import f64
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -71,6 +73,11 @@ def calls(d: int):
         "coarse": (x.index, words, counts, weights, x.values, x.values_low),
         "fine": fine,
         "fine_beside": fine,
+        "by_plan": (
+            x.index, x.meta, words, counts, summary, q.kernel,
+            (x.keys, x.keys_low, x.key_scale, x.values, x.values_low, x.value_scale, x.nu), x.live, x.windows,
+            (x.host_keys, x.host_values),
+        ),
         "originals": (x.index, x.meta, flags, flags.max(1), q.kernel, x.host_keys, x.host_values),
     }, np.asarray(x.active), np.asarray(words)  # fmt: skip
 
@@ -209,7 +216,7 @@ def interpreted():
     return mosaic.InterpretGPUParams(detect_races=True)
 
 
-KERNELS = pytest.mark.parametrize("name", ["scan", "coarse", "fine", "fine_beside", "originals"])
+KERNELS = pytest.mark.parametrize("name", ["scan", "coarse", "fine", "fine_beside", "by_plan", "originals"])
 SLOTS = 256
 """KV heads for which a head has one program: it reads nine tiles, more than there are slots for."""
 
@@ -217,10 +224,48 @@ SLOTS = 256
 @KERNELS
 @EVERY
 def test_interpreted_kernel_equals_its_twin(d, name):
-    kernel = getattr(dispatch.mosaic_kernels(SLOTS), name)
-    check_against_twin(d, name, functools.partial(kernel, interpret=interpreted()))
+    check_interpreted(d, name, dispatch.mosaic_kernels(SLOTS))
+
+
+def check_interpreted(d: int, name: str, kernels: dispatch.Kernels):
+    if name == "by_plan":
+        one = functools.partial(kernels.scan_and_fine, interpret=interpreted())
+        kernel = dataclasses.replace(kernels, scan_and_fine=one).by_plan
+    else:
+        kernel = functools.partial(getattr(kernels, name), interpret=interpreted())
+    check_against_twin(d, name, kernel)
     races = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call")
     assert not races.get_races().races_found
+
+
+@pytest.mark.parametrize("splits, refiners, readers", [(5, 2, 1), (4, 4, 4), (7, 2, 3)])
+def test_interpreted_scan_with_programs_that_have_something_else_to_do(splits, refiners, readers):
+    """Some of them, as either, or all of them."""
+    kernels = dispatch.mosaic_kernels(SLOTS)
+    one = functools.partial(kernels.scan_and_fine.func, splits=splits, refiners=refiners, readers=readers)
+    check_interpreted(128, "by_plan", dataclasses.replace(kernels, scan_and_fine=one))
+
+
+def test_every_tile_is_dealt_to_one_program():
+    programs, rng = 9, np.random.default_rng(0)
+    busy = [(0, 0, 0), (1, 0, 7), (0, 2, 0), (2, 1, 2), (4, 4, 11), (5, 4, 90), (9, 9, 40), (9, 0, 9)]
+    cases = [(n, *some) for n in [0, 1, 7, 8, 40, 71, 72, 300, *rng.integers(0, 300, 8)] for some in busy]
+
+    def visited(program, n, refining, reading, listed):
+        count, tile_at = deal(program, programs, n, refining, reading, listed)
+        i = jnp.arange(320)
+        return jnp.where(i < count, tile_at(i), -1)
+
+    over_programs = jax.vmap(visited, (0, None, None, None, None))
+    found = jax.jit(jax.vmap(over_programs, (None, 0, 0, 0, 0)))(jnp.arange(programs), *jnp.array(cases).T)
+    for (n, refining, reading, _), tiles in zip(cases, np.asarray(found), strict=True):
+        assert sorted(tiles[tiles >= 0]) == list(range(n))
+        count = (tiles >= 0).sum(1)
+        assert count.max() <= -(-n // programs) + MOST_AHEAD
+        free = np.arange(refining, programs - reading)
+        others = np.setdiff1d(np.arange(programs), free)
+        if len(free) and len(others):
+            assert count[free].min() >= count[others].max() and count[free].max() - count[free].min() <= 1
 
 
 @pytest.mark.parametrize("n_tiles", [134, 270])
@@ -274,7 +319,9 @@ def check_against_twin(d, name, kernel):
     here = arguments[name] if jax.default_backend() == "gpu" else jax.tree.map(np.asarray, arguments[name])
     results = jax.jit(kernel)(*here), getattr(dispatch.reference_kernels(), name)(*arguments[name])
 
-    def meaningful(result):
+    def meaningful(result, name=name):
+        if name == "by_plan":
+            return [*meaningful(result[0], "scan"), *meaningful(result[1], "fine")]
         if name == "scan":
             stats, halves, coarse, *windows = result
             halves = np.asarray(halves, np.float32).swapaxes(2, 3)

@@ -290,4 +290,4 @@ def per_program_of(n_tiles: int, fewest: int) -> int:
 
 def additions_of(n_tiles: int, kernels: Kernels) -> int:
     """Most float32 roundings that a tile's sum goes through on its way into the sum of all."""
-    return 2 * per_program_of(n_tiles, kernels.fewest) + 2 * kernels.splits + 64
+    return 2 * (per_program_of(n_tiles, kernels.fewest) + kernels.uneven + kernels.splits) + 64

@@ -22,11 +22,9 @@ from certjax.fused.append import Token
 from certjax.fused.attention import additions_of, per_program_of
 from certjax.fused.project import Again, Project, as_it_is
 from certjax.fused.record import BOUNDS, Reads, certificate
-from certjax.ordering import not_before
 from certjax.policy import Policy
 from pallas_kernels import levels as lv
 from pallas_kernels import numerics as num
-from pallas_kernels import query as qr
 from pallas_kernels.dispatch import Kernels
 
 
@@ -87,15 +85,10 @@ def chained_attention(
         (common.words, common.counts, common.summary),
         vanished=ops.VANISHED, room=ops.ROOM, tensor_unit=ops.TENSOR_UNIT,
     )  # fmt: skip
-    stats, weights, values, *windows = kernels.scan(
-        index, meta, plan[0], operands, x.keys, x.key_scale, x.values, x.values_low, x.value_scale, x.nu,
-        x.live, x.windows,
-    )
     tier1 = x.keys, x.keys_low, x.key_scale, x.values, x.values_low, x.value_scale, x.nu
-    words, counts, summary = plan
-    # After the scan has begun, whose programs would otherwise find their places taken.
-    begun = not_before(counts, operands.numbers[0, qr.UNIT, 0])
-    fine = kernels.fine_beside(index, words, begun, summary, operands, *tier1, x.host_keys, x.host_values)
+    (stats, weights, values, *windows), fine = kernels.by_plan(
+        index, meta, *plan, operands, tier1, x.live, x.windows, (x.host_keys, x.host_values)
+    )
     of_layer = judging.Layer(notes, facts, common.largest, value_centre, turn, meta, index)
 
     def found(words, counts, summary, values, fine, fine_stats, host, host_sums):

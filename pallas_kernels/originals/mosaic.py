@@ -117,7 +117,8 @@ def attend_chosen_originals(
     acc_ref, sums_ref = found_refs
 
     def attend(flags, numbers, order, out, sums, barrier, *rest):
-        queries, (keys, values, weights) = rest[:PARTS], rest[PARTS:]
+        queries, keys, values, weights = rest
+        queries = [queries.at[i] for i in range(PARTS)]
         d, columns = out.shape
         plgpu.copy_gmem_to_smem(flags_ref.at[h], flags, barrier)
         load_exact_queries(h, q_ref, numbers_ref, queries, numbers, barrier)
@@ -152,12 +153,12 @@ def attend_promoted_pieces(
     acc_ref, sums_ref = found_refs
 
     def attend(flags, numbers, order, out, sums, barrier, *rest):
-        queries, (keys, values, weights, summary) = rest[:PARTS], rest[PARTS:]
+        queries, keys, values, weights, summary = rest
         d, columns = out.shape
         size = tokens_of_a_piece(d)
         plgpu.copy_gmem_to_smem(words_ref.at[h], flags, barrier)
         plgpu.copy_gmem_to_smem(summary_ref.at[h], summary, barrier)
-        load_exact_queries(h, q_ref, numbers_ref, queries, numbers, barrier)
+        load_exact_queries(h, q_ref, numbers_ref, [queries.at[i] for i in range(PARTS)], numbers, barrier)
         plgpu.barrier_wait(barrier)
         count = mg.list_pieces(flags, summary, pieces_of_a_tile(d), order, part, parts)
         for tile in (keys, values):  # a product takes HALF rows, of which fewer may be read
@@ -183,7 +184,11 @@ def attend_promoted_pieces(
             for place in range(many - 1):
                 pl.when((here < many) & (place < here))(lambda place=place: load(first, [place]))
             unit, shift = (mg.over_rows(numbers[i], HALF) for i in (UNIT_EXACT, SHIFT_EXACT))
-            return attend_original_tile(here * size, queries, unit, shift, keys, values, weights, carry, interpret)
+            zero = mg.zero_of(order[first])
+            return attend_original_tile(
+                here * size, [queries.at[zero + i] for i in range(PARTS)], unit, shift, keys, values, weights, carry,
+                interpret,
+            )  # fmt: skip
 
         acc, *rest = lax.fori_loop(0, (count + many - 1) // many, read, nothing(d, columns))
         store_rows(rest, sums, sums_ref.at[h, part])
@@ -216,7 +221,7 @@ def _scratch(rows: tuple[int, int], listed: int, copies: int, columns: int, d: i
         plgpu.SMEM((d, columns), jnp.float32),
         plgpu.SMEM((4, columns), jnp.float32),
         plgpu.Barrier(num_arrivals=copies + PARTS),
-        *[mg.tile_ref((columns, d), jnp.bfloat16)] * PARTS,
+        mg.tile_ref((columns, d), jnp.bfloat16, PARTS),
         *[mg.tile_ref((HALF, d), jnp.bfloat16)] * 2,
         mg.weights_ref(columns, tokens=HALF),
     ]

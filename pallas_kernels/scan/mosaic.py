@@ -1,7 +1,7 @@
-"""First pass of a step on Mosaic GPU: every key at its coarsest level, the values that a plan asks for at theirs, and
-the windows in full.
+"""First pass of a step on Mosaic GPU: every key at its coarsest level, the values that a plan asks for at theirs, the
+windows in full; and all that a plan asks for at its finest and from the host, in the same programs.
 
-Twin: `scan/reference.py`.
+Twins: `scan/reference.py`, `fine/reference.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic as mg
+from pallas_kernels.fine.mosaic import Listed, attend_listed, listed, results
 from pallas_kernels.levels import TILE, VALUES, by_scan, level_of
 from pallas_kernels.mosaic import SUMS
 from pallas_kernels.originals.mosaic import (
@@ -27,6 +28,7 @@ from pallas_kernels.originals.mosaic import (
     store_result,
 )
 from pallas_kernels.query import HALF, PARTS, SHIFT, SHIFT_EXACT, UNIT, UNIT_EXACT
+from pallas_kernels.scan.dealing import deal
 
 STAGES = 2
 """Tiles whose keys are on their way into shared memory. Values are needed later in a visit, and have one slot: with
@@ -43,13 +45,40 @@ class _Plane(NamedTuple):
     coding: tuple[int, float]
 
 
-def scan_tiles(
-    layer, meta, words, q, keys, key_scale, values, values_low, value_scale, nu, live, windows, *, splits: int,
-    interpret=False
-):
+class Fine(NamedTuple):
+    """What `attend_fine` takes beyond `scan_tiles`."""
+
+    counts: jax.Array
+    summary: jax.Array
+    keys_low: jax.Array
+    host_keys: jax.Array
+    host_values: jax.Array
+
+
+def scan_and_fine(*operands, fine: tuple, splits: int, refiners: int, readers: int, interpret=False):
+    """What `scan_tiles` and `attend_fine` return, of one kernel.
+
+    Some programs of a head begin with what is to be read at its finest or from the host, and read fewer tiles for it
+    (`dealing`). In a kernel of its own that would have to find room beside the scan's programs, most of which have
+    begun; and beside them, with the memory busy, it takes twice as long (docs/kernels.md).
+    """
+    found = _scan(*operands, Fine(*fine), splits, min(refiners, splits), min(readers, splits), interpret)
+    return found[:5], found[5:]
+
+
+def scan_tiles(*operands, splits: int, interpret=False):
+    return _scan(*operands, None, splits, 0, 0, interpret)
+
+
+def _scan(
+    layer, meta, words, q, keys, key_scale, values, values_low, value_scale, nu, live, windows, fine: Fine | None,
+    splits: int, refiners: int, readers: int, interpret,
+):  # fmt: skip
     heads, n, d = keys.shape[1:]
     n_tiles, columns, f32 = n // TILE, q.parts.shape[2], jnp.float32
     words = mg.rows_of_flags(words)
+    if fine is not None:
+        fine = fine._replace(summary=mg.rows_of_flags(fine.summary))
     numbers_shape = plgpu.SMEM(q.numbers.shape[1:], f32)
     places = [(i, j) for i in range(len(windows) // 2) for j in range(windows[2 * i].shape[2] // TILE)]
 
@@ -58,16 +87,16 @@ def scan_tiles(
         live_ref, *refs,
     ):  # fmt: skip
         window_refs, refs = refs[: len(windows)], refs[len(windows) :]
-        stats_ref, weights_ref, values_ref, acc_ref, sums_ref = refs
+        fine_refs, refs = refs[: len(fine or ())], refs[len(fine or ()) :]
+        stats_ref, weights_ref, values_ref, acc_ref, sums_ref, *found_refs = refs
         h, split = lax.axis_index("h"), lax.axis_index("s")
         layer, first, end = layer_ref[0], meta_ref[h, 0], meta_ref[h, 1]
+        some = listed(Fine(*fine_refs).counts, h, refiners, readers) if fine else Listed(*[jnp.int32(0)] * 3)
 
         def stream(flags, numbers, stats, weights, out, barrier, ready, high_ready, low_ready, k, ks, vs, nu, v, v_low,
                    *queries):  # fmt: skip
-            count = jnp.maximum((end - first - split + splits - 1) // splits, 0)
-
             def tile_at(i):
-                return first + split + i * splits
+                return first + place_at(i)
 
             def fetch(i):
                 @pl.when(i < count)
@@ -130,7 +159,25 @@ def scan_tiles(
             store_parts(acc, out, values_ref.at[h, split])
             plgpu.wait_smem_to_gmem(0)
 
+        def without_tiles(out):
+            store_parts((jnp.zeros((ROWS, columns), f32),) * (d // ROWS), out, values_ref.at[h, split])
+            plgpu.wait_smem_to_gmem(0)
+
+        count, place_at = deal(split, splits, end - first, some.refining, some.reading, some.tiles)
+
         @pl.when(split < splits)
+        def _():
+            if fine is not None:
+                x = Fine(*fine_refs)
+                attend_listed(
+                    h, layer, some, split, splits - 1 - split, refiners, readers, (words_ref, x.summary),
+                    (q_ref, wide_ref, numbers_ref), (k_ref, x.keys_low, ks_ref, v_ref, v_low_ref, vs_ref, nu_ref),
+                    (x.host_keys, x.host_values), found_refs, interpret,
+                )  # fmt: skip
+
+        pl.when((split < splits) & (count == 0))(lambda: pl.run_scoped(without_tiles, plgpu.SMEM((d, columns), f32)))
+
+        @pl.when((split < splits) & (count > 0))
         def _():
             pl.run_scoped(
                 stream,
@@ -195,6 +242,7 @@ def scan_tiles(
             jax.ShapeDtypeStruct((heads, splits, d, columns), f32),
             jax.ShapeDtypeStruct((heads, len(places), d, columns), f32),
             jax.ShapeDtypeStruct((heads, len(places), 4, columns), f32),
+            *(results(heads, n, d, columns, refiners, readers) if fine else ()),
         ],
         grid=(heads, splits + len(places)),
         grid_names=("h", "s"),
@@ -204,5 +252,5 @@ def scan_tiles(
     )
     return run(
         layer, meta, words, q.parts, q.wide, q.numbers, keys, key_scale, values, values_low, value_scale, nu, live,
-        *windows,
+        *windows, *(fine or ()),
     )  # fmt: skip
