@@ -30,6 +30,7 @@ from certjax.encode import close_block, close_blocks, encode_blocks, encode_prom
 from certjax.errors import ContextLengthError, InvalidArgumentError, MissingTier2Error
 from certjax.ordering import not_before
 from certjax.policy import Policy
+from certjax.writing import write_originals_of_row, write_row, write_rows
 from pallas_kernels import numerics as num
 from pallas_kernels.levels import TILE, initial_plan
 
@@ -241,10 +242,10 @@ class TieredKVCache:
         cache is stacked) without counting it yet. In place under jit when the cache is donated."""
         at = () if layer is None else (layer,)
         if self.tier2 == "device":
-            return self._write_rows(k, v, at)
+            return write_rows(self, k, v, at)
         cache = self
         for row in range(self.length.shape[0]):
-            cache = cache._write_row(row, k[row], v[row], at)
+            cache = write_row(cache, row, k[row], v[row], at)
         return cache
 
     def write_originals(
@@ -258,80 +259,8 @@ class TieredKVCache:
         for row in range(self.length.shape[0]):
             place = self.length[row] - 1
             place = place if after is None else not_before(place, after)
-            cache = cache._write_originals(row, place, k[row], v[row], (layer,))
+            cache = write_originals_of_row(cache, row, place, k[row], v[row], (layer,))
         return cache
-
-    def _write_row(self, row: int, k: jax.Array, v: jax.Array, at: tuple) -> TieredKVCache:
-        size, pos = self.block_size, self.length[row]
-        room = pos < self.capacity
-        offset, block = pos % size, pos // size
-        slot = block % self.ring_blocks * size
-        fresh = (jnp.arange(size) == offset)[None, :, None]
-        new = {}
-
-        def window_block(ring, token):  # the block being filled, with the token in it: [Hkv, B, d]
-            old = _take(ring, (*at, row), 1, slot, size)
-            # Opening a block clears what the ring held there, so that the array depends on the tokens only.
-            kept = jnp.where(offset == 0, jnp.zeros_like(old), old)
-            return jnp.where(room, jnp.where(fresh, num.cast(token[:, None], ring.dtype), kept), old)
-
-        k_block, v_block = window_block(self.ring_keys, k), window_block(self.ring_values, v)
-        new["ring_keys"] = _put(self.ring_keys, k_block, (*at, row), 1, slot)
-        new["ring_values"] = _put(self.ring_values, v_block, (*at, row), 1, slot)
-
-        if self.sink_keys.shape[-2]:
-            for name, token in (("sink_keys", k), ("sink_values", v)):
-                sink = getattr(self, name)
-                there = jnp.minimum(pos, sink.shape[-2] - 1)
-                old = _take(sink, (*at, row), 1, there, 1)
-                token = jnp.where(pos < sink.shape[-2], num.cast(token[:, None], sink.dtype), old)
-                new[name] = _put(sink, token, (*at, row), 1, there)
-
-        return self.replace(**new)._write_originals(row, pos, k, v, at)
-
-    def _write_originals(self, row: int, pos: jax.Array, k: jax.Array, v: jax.Array, at: tuple) -> TieredKVCache:
-        """The part of `_write_row` that concerns tier 2."""
-        if self.host_keys is None:
-            return self
-        there, new = jnp.minimum(pos, self.capacity - 1), {}
-        for name, token in (("host_keys", k), ("host_values", v)):
-            tier2 = getattr(self, name)
-            token = num.cast(token, tier2.dtype)[:, None]
-            if host.in_host_memory(tier2):
-                token = jax.device_put(token, host.Space.Host)
-            new[name] = _put(tier2, token, (*at, row), 1, there)
-        return self.replace(**new)
-
-    def _write_rows(self, k: jax.Array, v: jax.Array, at: tuple) -> TieredKVCache:
-        """`_write_row` of all rows at once."""
-        size, pos = self.block_size, self.length[:, None, None]
-        batch, n_heads, n_ring, _ = self.ring_keys.shape[-4:]
-        # Every axis but the last is indexed, so that XLA has no reason to transpose the array.
-        at = (*at, jnp.arange(batch)[:, None, None], jnp.arange(n_heads)[:, None])
-
-        def put(x, fresh, place):  # [b, Hkv, n, d] at places [b, 1, n], dropped beyond the end
-            return x.at[(*at, place)].set(fresh, mode="drop", unique_indices=True)
-
-        def token_of(x, token):  # [b, Hkv, 1, d]
-            return num.cast(token, x.dtype)[:, :, None]
-
-        slots = pos // size % self.ring_blocks * size + jnp.arange(size)
-        offset, there = pos[..., None] % size, jnp.where(pos < self.capacity, slots, n_ring + slots)
-
-        def window_block(ring, token):  # as for a row: [b, Hkv, B, d]
-            old = ring.at[(*at, slots)].get(mode="promise_in_bounds")
-            kept = jnp.where(offset == 0, jnp.zeros_like(old), old)
-            return jnp.where(jnp.arange(size)[:, None] == offset, token_of(ring, token), kept)
-
-        new = {}
-        for kind, token in (("keys", k), ("values", v)):
-            ring, sink, tier2 = (getattr(self, f"{name}_{kind}") for name in ("ring", "sink", "host"))
-            new[f"ring_{kind}"] = put(ring, window_block(ring, token), there)
-            if sink.shape[-2]:
-                new[f"sink_{kind}"] = put(sink, token_of(sink, token), pos)
-            if tier2 is not None:
-                new[f"host_{kind}"] = put(tier2, token_of(tier2, token), jnp.minimum(pos, self.capacity - 1))
-        return self.replace(**new)
 
     # -- tier 2 ---------------------------------------------------------------------------------------
 
@@ -427,18 +356,3 @@ def _check_originals(keys: jax.Array, values: jax.Array) -> None:
 
 def _encoder(keys, values, stats, *, codec: Codec, **options) -> tuple[Codes, Annotations]:
     return encode_blocks(codec, keys, values, stats, **options)
-
-
-def _take(x: jax.Array, lead: tuple, axis: int, start, size: int) -> jax.Array:
-    """`x[*lead, ..., start:start+size, ...]` where `axis` counts from the end of `lead`."""
-    rest = x.ndim - len(lead)
-    starts = (*lead, *[start if i == axis else 0 for i in range(rest)])
-    sizes = (*[1] * len(lead), *[size if i == axis else x.shape[len(lead) + i] for i in range(rest)])
-    return lax.dynamic_slice(x, starts, sizes).reshape(sizes[len(lead) :])
-
-
-def _put(x: jax.Array, piece: jax.Array, lead: tuple, axis: int, start) -> jax.Array:
-    """The inverse of `_take`: `x` with `piece` stored there."""
-    rest = x.ndim - len(lead)
-    starts = (*lead, *[start if i == axis else 0 for i in range(rest)])
-    return lax.dynamic_update_slice(x, piece.reshape(*[1] * len(lead), *piece.shape), starts)

@@ -162,6 +162,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.chain:
+        if jax.default_backend() == "gpu":
+            parser.error("--chain is for machines without a GPU; this one's runs the compiled kernels, leave it out.")
         interpret_chain()
     names = args.policies.split(",")
     if unknown := [name for name in names if name not in adv.POLICIES]:
