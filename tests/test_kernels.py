@@ -14,13 +14,14 @@ import pytest
 
 from certjax import Policy, TieredKVCache, decode, programs
 from certjax.fused import operands as ops
-from certjax.fused.attention import fused_attention
+from certjax.fused.attention import additions_of, fused_attention
 from certjax.models.llama.config import LlamaConfig
 from certjax.models.llama.modeling import init_params
 from certjax.sampling import Sampling
 from pallas_kernels import dispatch
 from pallas_kernels import levels as lv
 from pallas_kernels import query as qr
+from pallas_kernels.scan import dealing
 from pallas_kernels.scan.dealing import MOST_AHEAD, deal
 from tests.oracle import f64
 
@@ -238,12 +239,23 @@ def check_interpreted(d: int, name: str, kernels: dispatch.Kernels):
     assert not races.get_races().races_found
 
 
-@pytest.mark.parametrize("splits, refiners, readers", [(5, 2, 1), (4, 4, 4), (7, 2, 3)])
-def test_interpreted_scan_with_programs_that_have_something_else_to_do(splits, refiners, readers):
-    """Some of them, as either, or all of them."""
+@pytest.mark.parametrize("splits, refiners, readers, ahead", [(5, 2, 1, 0), (4, 4, 4, 7), (7, 2, 3, 7), (2, 1, 5, 7)])
+def test_interpreted_scan_with_programs_that_have_something_else_to_do(splits, refiners, readers, ahead, monkeypatch):
+    """Some of them, as either, or all of them; with tiles left for them, and without; fewer programs than readers."""
+    monkeypatch.setattr(dealing, "AHEAD", ahead)
+    monkeypatch.setattr(dealing, "MOST_AHEAD", ahead + 1)
     kernels = dispatch.mosaic_kernels(SLOTS)
     one = functools.partial(kernels.scan_and_fine.func, splits=splits, refiners=refiners, readers=readers)
     check_interpreted(128, "by_plan", dataclasses.replace(kernels, scan_and_fine=one))
+
+
+@pytest.mark.parametrize("heads", [1, 7, 8, 16, 33, 64, 256])
+def test_roundings_of_uneven_shares_are_counted(heads):
+    """Two a tile of a program's, and one a part that is added to others."""
+    kernels = dispatch.mosaic_kernels(heads)
+    for n_tiles in range(1, 2049):
+        tiles = -(-n_tiles // kernels.scan.keywords["splits"]) + MOST_AHEAD
+        assert additions_of(n_tiles, kernels) >= 2 * tiles + kernels.splits
 
 
 def test_every_tile_is_dealt_to_one_program():

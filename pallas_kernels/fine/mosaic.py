@@ -171,22 +171,27 @@ def results(heads: int, n: int, d: int, columns: int, refiners: int, readers: in
 
 def attend_listed(
     h, layer, some: Listed, refiner, reader, refiners: int, readers: int, flags_refs, q_refs, tier1_refs, host_refs,
-    found_refs, interpret,
+    found_refs, interpret, *, programs: int,
 ) -> None:
     """What a program does that is number `refiner` of those that refine, and `reader` of those that read from the host,
-    one after the other, where it is at work as either. A negative number is none."""
+    one after the other, where it is at work as either. A negative number is none. Of fewer `programs` than `readers`
+    each is several readers: with fewer of these a list of pieces would take more shared memory."""
     acc_ref, stats_ref, *host_found = found_refs
     rows, chunks = (ref.shape[1:] for ref in flags_refs)
     columns, d = q_refs[0].shape[2:]
 
-    if readers:
-
-        @pl.when((reader >= 0) & (reader < some.reading))
+    def as_reader(number):
+        @pl.when((number >= 0) & (number < some.reading))
         def _():
             read = attend_promoted_pieces(
-                h, reader, layer, *flags_refs, *q_refs[1:], host_refs, host_found, some.reading, interpret=interpret
+                h, number, layer, *flags_refs, *q_refs[1:], host_refs, host_found, some.reading, interpret=interpret
             )
             pl.run_scoped(read, *scratch_of_pieces(rows, chunks, readers, columns, d))
+
+    if readers > programs:
+        lax.fori_loop(0, pl.cdiv(readers, programs), lambda i, _: as_reader(reader + i * programs), None)
+    elif readers:
+        as_reader(reader)
 
     @pl.when((refiner >= 0) & (refiner < some.refining))
     def _():
@@ -210,6 +215,7 @@ def attend_fine(layer, words, counts, summary, q, keys, keys_low, key_scale, val
         attend_listed(
             h, layer_ref[0], listed(counts_ref, h, splits, readers), program - readers, program, splits, readers,
             (words_ref, summary_ref), q_refs, tier1_refs, host_refs, refs[10 + len(host) :], interpret,
+            programs=readers + splits,
         )  # fmt: skip
 
     run = plgpu.kernel(

@@ -62,7 +62,7 @@ def scan_and_fine(*operands, fine: tuple, splits: int, refiners: int, readers: i
     (`dealing`). In a kernel of its own that would have to find room beside the scan's programs, most of which have
     begun; and beside them, with the memory busy, it takes twice as long (docs/kernels.md).
     """
-    found = _scan(*operands, Fine(*fine), splits, min(refiners, splits), min(readers, splits), interpret)
+    found = _scan(*operands, Fine(*fine), splits, min(refiners, splits), readers, interpret)
     return found[:5], found[5:]
 
 
@@ -172,7 +172,7 @@ def _scan(
                 attend_listed(
                     h, layer, some, split, splits - 1 - split, refiners, readers, (words_ref, x.summary),
                     (q_ref, wide_ref, numbers_ref), (k_ref, x.keys_low, ks_ref, v_ref, v_low_ref, vs_ref, nu_ref),
-                    (x.host_keys, x.host_values), found_refs, interpret,
+                    (x.host_keys, x.host_values), found_refs, interpret, programs=splits,
                 )  # fmt: skip
 
         pl.when((split < splits) & (count == 0))(lambda: pl.run_scoped(without_tiles, plgpu.SMEM((d, columns), f32)))
