@@ -34,11 +34,18 @@ SLACK_OF_THE_ORACLE = 1e-13
 
 
 @functools.partial(jax.jit, static_argnames="policy")
-def certify(q, keys, values, lengths, policy: Policy, guess=0):
+def cached(keys, values, lengths, policy: Policy, guess):
     cache = TieredKVCache.from_prefill(keys, values, policy, lengths=lengths, capacity=keys.shape[2])
     if cache.plan is not None:
         cache = cache.replace(plan=guessed(guess, cache.plan.shape, cache.head_dim))
-    return certified_attention(q, cache, policy)
+    return cache
+
+
+def certify_by_steps(q, keys, values, lengths, policy: Policy, guess=0):
+    return certified_attention(q, cached(keys, values, lengths, policy, guess), policy)
+
+
+certify = jax.jit(certify_by_steps, static_argnames="policy")
 
 
 def guessed(guess, shape, d: int):
@@ -143,11 +150,30 @@ def run(
 
 
 def interpret_chain() -> None:
-    """Let fused policies run the Triton kernels between the big steps, in Triton's interpreter, in place of twins."""
+    """Let fused policies run by the chain's kernels in place of twins: those between the big steps in Triton's
+    interpreter, and all that a plan asks for in Mosaic's, where this JAX has one."""
     import tests.conftest  # noqa: F401, tells Triton to interpret
 
-    plain = dispatch.reference_kernels
-    dispatch.reference_kernels = lambda: dataclasses.replace(plain(), chained=True)
+    plain, more = dispatch.reference_kernels, {}
+    try:
+        from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+    except ImportError:
+        print("Mosaic's kernels: their twins, as this JAX cannot interpret them.")
+    else:
+        from pallas_kernels.scan.dealing import MOST_AHEAD
+        from pallas_kernels.scan.mosaic import scan_and_fine
+
+        one = functools.partial(scan_and_fine, splits=4, refiners=2, readers=3, interpret=InterpretGPUParams())
+        compiled, one_at_a_time = jax.jit(one), threading.Lock()
+
+        def interpreted(*operands, fine):  # which takes nothing from host memory, and is no part of another program
+            operands, fine = jax.tree.map(np.asarray, (operands, fine))
+            with one_at_a_time:
+                return jax.block_until_ready(compiled(*operands, fine=fine))
+
+        more = dict(scan_and_fine=interpreted, uneven=MOST_AHEAD)
+        globals().update(certify=certify_by_steps)
+    dispatch.reference_kernels = lambda: dataclasses.replace(plain(), chained=True, **more)
 
 
 def main() -> None:
