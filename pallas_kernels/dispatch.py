@@ -41,8 +41,8 @@ WINDOWS = 3
 """Tiles of the windows, at the default sizes, each of which has a program of its own in the scan."""
 
 READERS, READERS_BESIDE, REFINERS_BESIDE = 32, 8, 12
-"""Programs of a head that may read from the host: many, so that few pieces share one; or few, which leave the scan
-beside them the processors' memory; and of those that read tiles at their finest beside it."""
+"""Programs of a head that may read from the host: many, so that few pieces share one; or few, by the plan of the step
+before and in a second pass; and of those that read tiles at their finest there."""
 
 
 def reference_kernels(splits: int = 4) -> Kernels:

@@ -62,6 +62,11 @@ def zero_of(tile: jax.Array) -> jax.Array:
     return lax.div(tile, jnp.int32(2**24))
 
 
+def parts_of(queries, zero=0) -> list:
+    """The parts of queries in shared memory, `[PARTS, C, d]`. `zero`: of `zero_of`, in a loop."""
+    return [queries.at[zero + i] for i in range(PARTS)]
+
+
 def store_weights(weights: jax.Array, ref) -> None:
     """Weights `[n, C]` float32 as `query.in_two_halves` has them, turned: `[C, n]` bfloat16. Columns repeat, so
     that each half takes its own."""

@@ -43,7 +43,7 @@ def _refine(h, split, layer, words_ref, summary_ref, q_refs, tier1_refs, acc_ref
             (words_ref.at[h], flags),
             (summary_ref.at[h], summary),
             (numbers_ref.at[h], numbers),
-            *((q_ref.at[h, i], queries.at[i]) for i in range(PARTS)),
+            *((q_ref.at[h, i], q) for i, q in enumerate(mg.parts_of(queries))),
             # Each part cut in the middle of its channels, as the fields of a key's lower plane are.
             *((wide_ref.at[h, i // 2, :, pl.ds(i % 2 * half_d, half_d)], halves.at[i]) for i in range(2 * PARTS)),
         )  # fmt: skip
@@ -69,7 +69,7 @@ def _refine(h, split, layer, words_ref, summary_ref, q_refs, tier1_refs, acc_ref
                 for j in range(PARTS)
             ]
             unit, low_unit, half, shift = (mg.over_rows(numbers[i], ROWS) for i in (UNIT, LOW_UNIT, HALF_FINE, SHIFT))
-            high = mg.integer_dot(k.at[here], [queries.at[zero + j] for j in range(PARTS)])
+            high = mg.integer_dot(k.at[here], mg.parts_of(queries, zero))
             x = high * unit + together(low) * low_unit + half
             p = jnp.exp2(mg.times(x, ks.at[here]) + shift)
             token = lax.broadcasted_iota(jnp.int32, (ROWS, columns), 0)

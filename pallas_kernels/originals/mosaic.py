@@ -117,8 +117,7 @@ def attend_chosen_originals(
     acc_ref, sums_ref = found_refs
 
     def attend(flags, numbers, order, out, sums, barrier, *rest):
-        queries, keys, values, weights = rest
-        queries = [queries.at[i] for i in range(PARTS)]
+        queries, keys, values, weights = mg.parts_of(rest[0]), *rest[1:]
         d, columns = out.shape
         plgpu.copy_gmem_to_smem(flags_ref.at[h], flags, barrier)
         load_exact_queries(h, q_ref, numbers_ref, queries, numbers, barrier)
@@ -158,7 +157,7 @@ def attend_promoted_pieces(
         size = tokens_of_a_piece(d)
         plgpu.copy_gmem_to_smem(words_ref.at[h], flags, barrier)
         plgpu.copy_gmem_to_smem(summary_ref.at[h], summary, barrier)
-        load_exact_queries(h, q_ref, numbers_ref, [queries.at[i] for i in range(PARTS)], numbers, barrier)
+        load_exact_queries(h, q_ref, numbers_ref, mg.parts_of(queries), numbers, barrier)
         plgpu.barrier_wait(barrier)
         count = mg.list_pieces(flags, summary, pieces_of_a_tile(d), order, part, parts)
         for tile in (keys, values):  # a product takes HALF rows, of which fewer may be read
@@ -184,11 +183,8 @@ def attend_promoted_pieces(
             for place in range(many - 1):
                 pl.when((here < many) & (place < here))(lambda place=place: load(first, [place]))
             unit, shift = (mg.over_rows(numbers[i], HALF) for i in (UNIT_EXACT, SHIFT_EXACT))
-            zero = mg.zero_of(order[first])
-            return attend_original_tile(
-                here * size, [queries.at[zero + i] for i in range(PARTS)], unit, shift, keys, values, weights, carry,
-                interpret,
-            )  # fmt: skip
+            those = mg.parts_of(queries, mg.zero_of(order[first]))
+            return attend_original_tile(here * size, those, unit, shift, keys, values, weights, carry, interpret)
 
         acc, *rest = lax.fori_loop(0, (count + many - 1) // many, read, nothing(d, columns))
         store_rows(rest, sums, sums_ref.at[h, part])

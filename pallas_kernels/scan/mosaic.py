@@ -87,11 +87,11 @@ def _scan(
         live_ref, *refs,
     ):  # fmt: skip
         window_refs, refs = refs[: len(windows)], refs[len(windows) :]
-        fine_refs, refs = refs[: len(fine or ())], refs[len(fine or ()) :]
+        fine_refs, refs = (Fine(*refs[: len(fine)]), refs[len(fine) :]) if fine else (None, refs)
         stats_ref, weights_ref, values_ref, acc_ref, sums_ref, *found_refs = refs
         h, split = lax.axis_index("h"), lax.axis_index("s")
         layer, first, end = layer_ref[0], meta_ref[h, 0], meta_ref[h, 1]
-        some = listed(Fine(*fine_refs).counts, h, refiners, readers) if fine else Listed(*[jnp.int32(0)] * 3)
+        some = listed(fine_refs.counts, h, refiners, readers) if fine else Listed(*[jnp.int32(0)] * 3)
 
         def stream(flags, numbers, stats, weights, out, barrier, ready, high_ready, low_ready, k, ks, vs, nu, v, v_low,
                    *queries):  # fmt: skip
@@ -168,11 +168,11 @@ def _scan(
         @pl.when(split < splits)
         def _():
             if fine is not None:
-                x = Fine(*fine_refs)
+                _, summary_ref, low_ref, *host_refs = fine_refs
                 attend_listed(
-                    h, layer, some, split, splits - 1 - split, refiners, readers, (words_ref, x.summary),
-                    (q_ref, wide_ref, numbers_ref), (k_ref, x.keys_low, ks_ref, v_ref, v_low_ref, vs_ref, nu_ref),
-                    (x.host_keys, x.host_values), found_refs, interpret, programs=splits,
+                    h, layer, some, split, splits - 1 - split, refiners, readers, (words_ref, summary_ref),
+                    (q_ref, wide_ref, numbers_ref), (k_ref, low_ref, ks_ref, v_ref, v_low_ref, vs_ref, nu_ref),
+                    host_refs, found_refs, interpret, programs=splits,
                 )  # fmt: skip
 
         pl.when((split < splits) & (count == 0))(lambda: pl.run_scoped(without_tiles, plgpu.SMEM((d, columns), f32)))
