@@ -19,7 +19,7 @@ from certjax.cache import TieredKVCache
 from certjax.certificate import Certificate
 from certjax.costs import read_costs
 from certjax.errors import InvalidArgumentError
-from certjax.fused.append import Token
+from certjax.fused.append import Token, append, by_kernel
 from certjax.fused.attention import fused_attention, fused_naive
 from certjax.fused.chain import chained_attention
 from certjax.fused.dispatch import FUSED, chained, kernels_of, pick_backend
@@ -103,7 +103,7 @@ def certified_layer(
 ) -> tuple[jax.Array, Certificate, jax.Array | None, TieredKVCache]:
     """`certified_attention` for layer `layer` of a stacked cache, as a decode loop calls it, with what is
     `common_to_layers`; what `cache.plan` is to have for the layer at the next step, where it is to change; and the
-    cache, with the originals of `token`, which the windows hold already (`fused.append`), where there is one.
+    cache with `token` in it, which is counted already but stored nowhere, where there is one.
 
     `project`: what is done next with the output, `[batch, Hq, d]` float32, and is returned in its place. While kernels
     find out whether a candidate's bound holds, it is projected. `again(projected, out, revised)` keeps that, or
@@ -121,8 +121,8 @@ def certified_layer(
         raise InvalidArgumentError(
             "again: nothing is projected before it is certain but in a chain of kernels; leave it out."
         )
-    if token is not None and not in_chain:
-        cache = cache.write_originals(*token, layer)
+    if token is not None and not (in_chain and by_kernel(cache)):
+        cache, token = append(cache, *token, layer, policy, q.shape[1]), None
     if attend is None:
         out, certificate = certified_attention(q, cache.at(layer), policy)
         return project(out), certificate, None, cache

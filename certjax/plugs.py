@@ -68,20 +68,14 @@ def _dense(q, k, v, cache: DenseKVCache, layer, project):
 
 
 def _naive(q, k, v, cache: TieredKVCache, layer, project, *, policy: Policy, common: Shared | None):
-    cache, token = append(cache, k[:, 0], v[:, 0], layer, policy, q.shape[2])
-    seen = cache.counting() if token is None else cache.counting().write_originals(*token, layer)
+    seen = append(cache.counting(), k[:, 0], v[:, 0], layer, policy, q.shape[2])
     out = naive_layer(q[:, 0], seen, layer, policy, common)
-    return project(out[:, None]), _with_originals(cache, seen), None
+    return project(out[:, None]), seen.replace(length=cache.length), None
 
 
 def _certified(q, k, v, cache: TieredKVCache, layer, project, *, policy: Policy, common: Shared | None):
-    cache, token = append(cache, k[:, 0], v[:, 0], layer, policy, q.shape[2])
     projects = projections(project, project.weights, cache, layer, policy, q.shape[2], q.dtype)
     out, certificate, plan, seen = certified_layer(
-        q[:, 0], cache.counting(), layer, policy, common, *projects, token=token
+        q[:, 0], cache.counting(), layer, policy, common, *projects, token=(k[:, 0], v[:, 0])
     )
-    return out, _with_originals(cache, seen), (certificate.packed(), plan)
-
-
-def _with_originals(cache: TieredKVCache, other: TieredKVCache) -> TieredKVCache:
-    return cache.replace(host_keys=other.host_keys, host_values=other.host_values)
+    return out, seen.replace(length=cache.length), (certificate.packed(), plan)

@@ -73,7 +73,7 @@ def mosaic_kernels(n_heads: int) -> Kernels:
 
     # Those of `coarse` and `fine_beside` that find nothing to do return at once, one after the other: a second pass, of
     # which that is the rule, has few.
-    scan, coarse, fine = programs(2.9, WINDOWS), programs(1), programs(2)
+    scan, coarse, fine = programs(2.97, WINDOWS), programs(1), programs(2)
     beside = min(fine, REFINERS_BESIDE)
     originals = programs(2) // 2 * 2 or 1  # even: two share a tile
     return Kernels(

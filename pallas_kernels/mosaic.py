@@ -129,13 +129,19 @@ def _batched(shape: tuple[int, ...], dtype, transforms: tuple, slots: int | None
 
 
 def fields(packed: jax.Array, width: int) -> list[jax.Array]:
-    """The codes in a byte of 8/width two's complement fields, lowest first, times `2^(8 - width)`: bfloat16, exact."""
-    fields = []
-    for low in range(0, 8 - width, width):
-        top = 1 << (low + width - 1)
-        code = (packed & jnp.int8((2**width - 1) << low)) ^ jnp.int8(top)  # counted from 0
-        fields.append(code.astype(jnp.bfloat16) * jnp.bfloat16(2 ** (8 - width - low)) - jnp.bfloat16(128))
-    return [*fields, (packed & jnp.int8(-(2 ** (8 - width)))).astype(jnp.bfloat16)]
+    """The codes in a byte of 8/width two's complement fields, lowest first, times `2^(8 - width)`: bfloat16, exact.
+
+    A field's bits become the fraction of a number so large that their unit is its last place.
+    """
+    bits, found = packed.astype(jnp.int16), []
+    for low in range(0, 8, width):
+        last = low + width == 8  # a fraction has seven bits
+        at = low - last
+        exponent, top = 15 - width - at, 1 << (at + width - 1)  # counted from 0
+        number = (lax.shift_right_logical(bits, jnp.int16(1)) if last else bits) & jnp.int16((2**width - 1) << at)
+        number ^= jnp.int16((127 + exponent) << 7 | top)
+        found.append(lax.bitcast_convert_type(number, jnp.bfloat16) - jnp.bfloat16(2**exponent + 128))
+    return found
 
 
 SUMS = 4

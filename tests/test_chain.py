@@ -17,7 +17,7 @@ import pytest
 from certjax import Policy, TieredKVCache
 from certjax.certificate import Certificate
 from certjax.fused import operands as ops
-from certjax.fused.append import in_a_kernel
+from certjax.fused.append import token_of, with_windows
 from certjax.fused.attention import fused_attention
 from certjax.fused.chain import chained_attention
 from certjax.fused.ladder import heads_to_give_up
@@ -165,7 +165,7 @@ def test_queries_are_prepared_to_the_bit():
     common = ops.shared(cache)
     layer = ops.layer_of(cache, jnp.int32(1), common)
     want = jax.jit(ops.prepare)(q.reshape(B * H, -1, 128), layer)
-    got, facts, plan, arrived = jax.jit(
+    got, facts, plan, arrived, _ = jax.jit(
         lambda q: prepare_queries(
             q, ops.by_head(cache.stats.key_centre), common.largest, ops.rotation_matrix(128), layer.index,
             (common.words, common.counts, common.summary),
@@ -216,15 +216,20 @@ def test_projection_is_a_product_and_is_done_again_where_something_was_revised(b
 
 def test_append_in_a_kernel_is_write():
     """Into a block that is open, into one that it opens, while the sink is being filled, and beyond the end."""
+    from pallas_kernels.append.triton import append_to_windows
+
+    def in_a_kernel(cache, k, v):
+        return with_windows(cache, append_to_windows(token_of(cache, k, v), jnp.array([1])))
+
     cache, _ = problem(64)
     k, v = jax.random.normal(jax.random.key(5), (2, B, H, 64))
     for lengths in ([1535, 1152], [1280, 77], [1536, 128]):
         before = cache.replace(length=jnp.array(lengths))
         want = jax.jit(lambda c, k, v: c.write(k, v, jnp.int32(1)))(before, k, v)
-        got = jax.jit(lambda c, k, v: in_a_kernel(c, k, v, jnp.int32(1)))(before, k, v)
+        got = jax.jit(in_a_kernel)(before.counting(), k, v)
         after = jnp.nan if lengths[0] == 1280 else jnp.int32(7)
-        write = jax.jit(lambda c, k, v, after: c.counting().write_originals(k, v, jnp.int32(1), after))
-        got = write(got, k, v, after).replace(length=got.length)
+        write = jax.jit(lambda c, k, v, after: c.write_originals(k, v, jnp.int32(1), after))
+        got = write(got, k, v, after).replace(length=before.length)
         jax.tree.map(np.testing.assert_array_equal, got, want)
 
 

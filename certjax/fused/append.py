@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 
 from certjax.cache import TieredKVCache
 from certjax.fused.dispatch import kernels_of, pick_backend
 from certjax.policy import Policy
 from pallas_kernels import numerics as num
+
+if TYPE_CHECKING:
+    from pallas_kernels.append.triton import Append
 
 WINDOWS = ("ring_keys", "ring_values", "sink_keys", "sink_values")
 
@@ -18,23 +23,33 @@ Token = tuple[jax.Array, jax.Array]
 
 def append(
     cache: TieredKVCache, k: jax.Array, v: jax.Array, layer: jax.Array, policy: Policy, n_query_heads: int
-) -> tuple[TieredKVCache, Token | None]:
-    """As `cache.write(k, v, layer)`; and what is left to be written of the originals, where `certified_layer` does that
-    beside what it computes. `k`, `v`: [b, Hkv, d]; `layer`: [] int32."""
+) -> TieredKVCache:
+    """As `cache.write(k, v, layer)` before the token was counted. `k`, `v`: [b, Hkv, d]; `layer`: [] int32."""
     backend = pick_backend(policy, cache, n_query_heads)
     chained = backend == "mosaic_gpu" and kernels_of(backend, k.shape[0] * k.shape[1]).chained
-    if not chained or cache.tier2 == "device" or not cache.sink_keys.shape[-2]:
-        return cache.write(k, v, layer), None
-    return in_a_kernel(cache, k, v, layer), (k, v)
-
-
-def in_a_kernel(cache: TieredKVCache, k: jax.Array, v: jax.Array, layer: jax.Array) -> TieredKVCache:
-    """`append` of a stacked cache that has a sink window, without what is left to be written."""
+    if not chained or not by_kernel(cache):
+        return cache.replace(length=cache.length - 1).write(k, v, layer).counting()
     from pallas_kernels.append.triton import append_to_windows
 
-    tokens = (num.cast(x, cache.ring_keys.dtype) for x in (k, v))
-    windows = append_to_windows(
-        *tokens, cache.length, layer.reshape(1), tuple(getattr(cache, name) for name in WINDOWS),
-        size=cache.block_size, capacity=cache.capacity,
+    windows = append_to_windows(token_of(cache, k, v), layer.reshape(1))
+    return with_windows(cache, windows).write_originals(k, v, layer)
+
+
+def by_kernel(cache: TieredKVCache) -> bool:
+    """Whether kernels can store a token in the windows."""
+    return cache.tier2 != "device" and cache.sink_keys.shape[-2] > 0
+
+
+def token_of(cache: TieredKVCache, k: jax.Array, v: jax.Array) -> Append:
+    """What kernels take of the token that was counted last, for the windows of a stacked cache."""
+    from pallas_kernels.append.triton import Append
+
+    return Append(
+        *(num.cast(x, cache.ring_keys.dtype) for x in (k, v)), cache.length,
+        tuple(getattr(cache, name) for name in WINDOWS), size=cache.block_size, capacity=cache.capacity,
     )  # fmt: skip
+
+
+def with_windows(cache: TieredKVCache, windows: list[jax.Array]) -> TieredKVCache:
+    """The cache with these in place of its `WINDOWS`."""
     return cache.replace(**dict(zip(WINDOWS, windows, strict=True)))

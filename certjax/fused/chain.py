@@ -18,7 +18,7 @@ from certjax.certificate import Certificate
 from certjax.fused import bound as bd
 from certjax.fused import operands as ops
 from certjax.fused import plan as pl
-from certjax.fused.append import Token
+from certjax.fused.append import Token, token_of, with_windows
 from certjax.fused.attention import additions_of, per_program_of
 from certjax.fused.project import Again, Project, as_it_is
 from certjax.fused.record import BOUNDS, Reads, certificate
@@ -40,8 +40,9 @@ def chained_attention(
     again: Again | None = None,
     token: Token | None = None,
 ) -> tuple[jax.Array, Certificate, jax.Array, TieredKVCache]:
-    """As `fused_attention`, for a policy with a tolerance; and the cache, with the originals of `token`, where it is
-    given: nothing waits for the bus before the tiles that may be dense do.
+    """As `fused_attention`, for a policy with a tolerance; and the cache, with `token`, where there is one, in the
+    windows before anything reads them, and in tier 2 before the tiles that may be dense are read: nothing else waits
+    for the bus.
 
     `again`: by default the output is projected whatever the candidate was projected to.
     """
@@ -55,8 +56,7 @@ def chained_attention(
 
     batch, n_heads, group, d = q.shape
     common = ops.shared(cache) if common is None else common
-    x = ops.layer_of(cache, layer, common)
-    n_tiles, index, meta = cache.n_blocks, x.index, x.meta
+    n_tiles, index, meta = cache.n_blocks, layer.astype(jnp.int32)[None], common.meta
     key_centre, value_centre = (ops.by_head(c) for c in (cache.stats.key_centre, cache.stats.value_centre))
     notes = {
         name: note.reshape(note.shape[0], -1, *note.shape[3:])
@@ -80,11 +80,15 @@ def chained_attention(
     )  # fmt: skip
 
     contract = Contract(n_heads, group, policy.relative_to, policy.tolerance, policy.pooled)
-    operands, facts, plan, arrived = preparing.prepare_queries(
+    operands, facts, plan, arrived, windows = preparing.prepare_queries(
         q.reshape(-1, group, d), key_centre, common.largest, turn, index,
         (common.words, common.counts, common.summary),
         vanished=ops.VANISHED, room=ops.ROOM, tensor_unit=ops.TENSOR_UNIT,
+        token=None if token is None else token_of(cache, *token),
     )  # fmt: skip
+    if token is not None:
+        cache = with_windows(cache, windows)
+    x = ops.layer_of(cache, layer, common)
     tier1 = x.keys, x.keys_low, x.key_scale, x.values, x.values_low, x.value_scale, x.nu
     (stats, weights, values, *windows), fine = kernels.by_plan(
         index, meta, *plan, operands, tier1, x.live, x.windows, (x.host_keys, x.host_values)

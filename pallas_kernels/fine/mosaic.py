@@ -43,7 +43,7 @@ def _refine(h, split, layer, words_ref, summary_ref, q_refs, tier1_refs, acc_ref
             (words_ref.at[h], flags),
             (summary_ref.at[h], summary),
             (numbers_ref.at[h], numbers),
-            *((q_ref.at[h, i], q) for i, q in enumerate(mg.parts_of(queries))),
+            (q_ref.at[h], queries),
             # Each part cut in the middle of its channels, as the fields of a key's lower plane are.
             *((wide_ref.at[h, i // 2, :, pl.ds(i % 2 * half_d, half_d)], halves.at[i]) for i in range(2 * PARTS)),
         )  # fmt: skip
@@ -130,7 +130,7 @@ def _scratch(rows: tuple[int, int], chunks: tuple[int, int], splits: int, column
         plgpu.SMEM((d, columns), jnp.float32),
         plgpu.SMEM((NUMBERS, columns), jnp.float32),
         plgpu.SMEM((SUMS, columns), jnp.float32),
-        plgpu.Barrier(num_arrivals=3 + 3 * PARTS),
+        plgpu.Barrier(num_arrivals=4 + 2 * PARTS),
         plgpu.Barrier(num_arrivals=7),
         mg.tile_ref((TILE, d), jnp.int8),
         mg.tile_ref((TILE, d // 2), jnp.int8),
@@ -188,17 +188,17 @@ def attend_listed(
             )
             pl.run_scoped(read, *scratch_of_pieces(rows, chunks, readers, columns, d))
 
-    if readers > programs:
-        lax.fori_loop(0, pl.cdiv(readers, programs), lambda i, _: as_reader(reader + i * programs), None)
-    elif readers:
-        as_reader(reader)
-
     @pl.when((refiner >= 0) & (refiner < some.refining))
     def _():
         refine = _refine(
             h, refiner, layer, *flags_refs, q_refs, tier1_refs, acc_ref, stats_ref, some.refining, interpret
         )
         pl.run_scoped(refine, *_scratch(rows, chunks, refiners, columns, d))
+
+    if readers > programs:
+        lax.fori_loop(0, pl.cdiv(readers, programs), lambda i, _: as_reader(reader + i * programs), None)
+    elif readers:
+        as_reader(reader)
 
 
 def attend_fine(layer, words, counts, summary, q, keys, keys_low, key_scale, values, values_low, value_scale, nu,

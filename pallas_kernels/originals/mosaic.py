@@ -75,7 +75,7 @@ def attend_original_tile(
 
 def load_exact_queries(h, q_ref, numbers_ref, queries, numbers, barrier) -> None:
     """Start `PARTS + 1` copies: the parts of the queries as they are, and the numbers."""
-    for i, q in enumerate(queries):
+    for i, q in enumerate(mg.parts_of(queries)):
         plgpu.copy_gmem_to_smem(q_ref.at[h, PARTS + i], q, barrier)
     plgpu.copy_gmem_to_smem(numbers_ref.at[h], numbers, barrier)
 
@@ -117,11 +117,12 @@ def attend_chosen_originals(
     acc_ref, sums_ref = found_refs
 
     def attend(flags, numbers, order, out, sums, barrier, *rest):
-        queries, keys, values, weights = mg.parts_of(rest[0]), *rest[1:]
+        all_queries, keys, values, weights = rest
         d, columns = out.shape
         plgpu.copy_gmem_to_smem(flags_ref.at[h], flags, barrier)
-        load_exact_queries(h, q_ref, numbers_ref, queries, numbers, barrier)
+        load_exact_queries(h, q_ref, numbers_ref, all_queries, numbers, barrier)
         plgpu.barrier_wait(barrier)
+        queries = mg.parts_of(all_queries)
         count = mg.list_chosen(flags, lambda flag: flag == 1, order, part // sharing, parts // sharing)
         unit = mg.over_rows(numbers[UNIT_EXACT], HALF)
         shift = jnp.zeros((HALF, columns), jnp.float32) if alone else mg.over_rows(numbers[SHIFT_EXACT], HALF)
@@ -157,7 +158,7 @@ def attend_promoted_pieces(
         size = tokens_of_a_piece(d)
         plgpu.copy_gmem_to_smem(words_ref.at[h], flags, barrier)
         plgpu.copy_gmem_to_smem(summary_ref.at[h], summary, barrier)
-        load_exact_queries(h, q_ref, numbers_ref, mg.parts_of(queries), numbers, barrier)
+        load_exact_queries(h, q_ref, numbers_ref, queries, numbers, barrier)
         plgpu.barrier_wait(barrier)
         count = mg.list_pieces(flags, summary, pieces_of_a_tile(d), order, part, parts)
         for tile in (keys, values):  # a product takes HALF rows, of which fewer may be read

@@ -1,4 +1,5 @@
-"""Queries made ready for a step's kernels. Twin: `certjax.fused.operands.prepare`."""
+"""Queries made ready for a step's kernels, and the token stored that they are of. Twins:
+`certjax.fused.operands.prepare`, `TieredKVCache.write`."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import triton.language as tl
 
 from pallas_kernels import numerics as num
 from pallas_kernels import query as qr
+from pallas_kernels.append.triton import Append, append_token
 from pallas_kernels.device_math import exponent_above, most, nearest, power_of_two, product, rounded
 from pallas_kernels.launch import launch
 
@@ -44,7 +46,7 @@ def _store_row(target, row, x, N: tl.constexpr):
 
 
 @triton.jit
-def _prepare(
+def _prepare_head(
     q, key_centre, largest_of_head, turn, layer, all_words, all_counts, all_summary,  # inputs
     parts, wide, numbers, facts, words, counts, summary, arrived,  # outputs
     H: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROOT: tl.constexpr,
@@ -130,6 +132,47 @@ def _prepare(
     tl.store(arrived + tl.arange(0, 4) * H + h, tl.zeros((4,), tl.int32), mask=tl.arange(0, 4) < 3)
 
 
+@triton.jit
+def _prepare(
+    q, key_centre, largest_of_head, turn, layer, all_words, all_counts, all_summary,  # inputs
+    parts, wide, numbers, facts, words, counts, summary, arrived,  # outputs
+    H: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROOT: tl.constexpr,
+    VANISHED: tl.constexpr, ROOM: tl.constexpr, TENSOR_UNIT: tl.constexpr, GAMMA: tl.constexpr,
+    FLAGS: tl.constexpr, BLOCKS: tl.constexpr, COUNTS: tl.constexpr,
+):  # fmt: skip
+    _prepare_head(
+        q, key_centre, largest_of_head, turn, layer, all_words, all_counts, all_summary, parts, wide, numbers, facts,
+        words, counts, summary, arrived, H, GROUP, G, D, ROOT, VANISHED, ROOM, TENSOR_UNIT, GAMMA, FLAGS, BLOCKS,
+        COUNTS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _prepare_and_append(
+    q, key_centre, largest_of_head, turn, layer, all_words, all_counts, all_summary,  # inputs
+    k, v, length, ring_keys, ring_values, sink_keys, sink_values,
+    parts, wide, numbers, facts, words, counts, summary, arrived,  # outputs
+    ring_keys_out, ring_values_out, sink_keys_out, sink_values_out,
+    H: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROOT: tl.constexpr,
+    VANISHED: tl.constexpr, ROOM: tl.constexpr, TENSOR_UNIT: tl.constexpr, GAMMA: tl.constexpr,
+    FLAGS: tl.constexpr, BLOCKS: tl.constexpr, COUNTS: tl.constexpr, WINDOW_HEADS: tl.constexpr,
+    HEADS: tl.constexpr, RING: tl.constexpr, SINK: tl.constexpr, SIZE: tl.constexpr, CHANNELS: tl.constexpr,
+    CAPACITY: tl.constexpr,
+):  # fmt: skip
+    """In one kernel: of two, the one that is begun a moment later takes 4 us longer."""
+    if tl.program_id(1) == 0:
+        _prepare_head(
+            q, key_centre, largest_of_head, turn, layer, all_words, all_counts, all_summary, parts, wide, numbers,
+            facts, words, counts, summary, arrived, H, GROUP, G, D, ROOT, VANISHED, ROOM, TENSOR_UNIT, GAMMA, FLAGS,
+            BLOCKS, COUNTS,
+        )  # fmt: skip
+    else:
+        append_token(
+            tl.program_id(0), k, v, length, layer, ring_keys_out, ring_values_out, sink_keys_out, sink_values_out,
+            WINDOW_HEADS, HEADS, RING, SINK, SIZE, CHANNELS, CAPACITY,
+        )  # fmt: skip
+
+
 def prepare_queries(
     q: jax.Array,  # [H, group, d] float32
     key_centre: jax.Array,  # [L, H, d] float32
@@ -141,24 +184,36 @@ def prepare_queries(
     vanished: float,
     room: float,
     tensor_unit: float,
-) -> tuple[qr.Operands, jax.Array, list[jax.Array], jax.Array]:
-    """Operands; `[H, 4, C]` of norm, eps, eps_original and reference of `operands.Queries`; the layer's plan; and
-    zeros, `[3 H]` int32, by which programs of later kernels count themselves."""
+    token: Append | None = None,
+) -> tuple[qr.Operands, jax.Array, list[jax.Array], jax.Array, list[jax.Array]]:
+    """Operands; `[H, 4, C]` of norm, eps, eps_original and reference of `operands.Queries`; the layer's plan; zeros,
+    `[3 H]` int32, by which programs of later kernels count themselves; and the windows, as `append_to_windows` returns
+    them, where there is a token."""
     heads, group, d = q.shape
     columns = qr.columns(group)
     f32 = jnp.float32
     flags, n_counts, blocks = (x.shape[2] for x in plan)
-    *operands, facts, words, counts, summary, arrived = launch(
-        _prepare, q, key_centre, largest, jnp.asarray(np.sign(turn), jnp.int8), layer, *plan,
-        out=[
-            jax.ShapeDtypeStruct((heads, qr.PARTS, columns, d), jnp.int8),
-            jax.ShapeDtypeStruct((heads, 2 * qr.PARTS, columns, d), jnp.bfloat16),
-            jax.ShapeDtypeStruct((heads, qr.NUMBERS, columns), f32),
-            jax.ShapeDtypeStruct((heads, 4, columns), f32),
-            *[jax.ShapeDtypeStruct((heads, n), jnp.int32) for n in (flags, n_counts, blocks)],
-            jax.ShapeDtypeStruct((3 * heads,), jnp.int32),
-        ],
-        grid=(heads,), warps=16, H=heads, GROUP=group, G=columns // 2, D=d, ROOT=d**0.5, VANISHED=vanished, ROOM=room,
+    inputs = q, key_centre, largest, jnp.asarray(np.sign(turn), jnp.int8), layer, *plan
+    out = [
+        jax.ShapeDtypeStruct((heads, qr.PARTS, columns, d), jnp.int8),
+        jax.ShapeDtypeStruct((heads, 2 * qr.PARTS, columns, d), jnp.bfloat16),
+        jax.ShapeDtypeStruct((heads, qr.NUMBERS, columns), f32),
+        jax.ShapeDtypeStruct((heads, 4, columns), f32),
+        *[jax.ShapeDtypeStruct((heads, n), jnp.int32) for n in (flags, n_counts, blocks)],
+        jax.ShapeDtypeStruct((3 * heads,), jnp.int32),
+    ]
+    constants = dict(
+        warps=16, H=heads, GROUP=group, G=columns // 2, D=d, ROOT=d**0.5, VANISHED=vanished, ROOM=room,
         TENSOR_UNIT=tensor_unit, GAMMA=num.gamma(d + 4), FLAGS=flags, BLOCKS=blocks, COUNTS=n_counts,
     )  # fmt: skip
-    return qr.Operands(*operands), facts, [words, counts, summary], arrived
+    if token is None:
+        found, windows = launch(_prepare, *inputs, out=out, grid=(heads,), **constants), []
+    else:
+        first = len(inputs) + 3
+        found = launch(
+            _prepare_and_append, *inputs, token.k, token.v, token.length, *token.windows, out=[*out, *token.shapes],
+            grid=(heads, 2), in_place={first + i: len(out) + i for i in range(4)}, **constants, **token.constants,
+        )  # fmt: skip
+        found, windows = found[: len(out)], found[len(out) :]
+    *operands, facts, words, counts, summary, arrived = found
+    return qr.Operands(*operands), facts, [words, counts, summary], arrived, windows

@@ -94,7 +94,7 @@ def _scan(
         some = listed(fine_refs.counts, h, refiners, readers) if fine else Listed(*[jnp.int32(0)] * 3)
 
         def stream(flags, numbers, stats, weights, out, barrier, ready, high_ready, low_ready, k, ks, vs, nu, v, v_low,
-                   *queries):  # fmt: skip
+                   queries):  # fmt: skip
             def tile_at(i):
                 return first + place_at(i)
 
@@ -117,21 +117,23 @@ def _scan(
                 def _():
                     plgpu.copy_gmem_to_smem(plane.source.at[layer, h, tile], plane.target, plane.ready)
 
-            for i in range(STAGES):
-                fetch(jnp.int32(i))
+            # Begun in the order in which they are needed: what all tiles need is little, and would come last.
             plgpu.copy_gmem_to_smem(words_ref.at[h], flags, barrier)
             plgpu.copy_gmem_to_smem(numbers_ref.at[h], numbers, barrier)
-            for i, q in enumerate(queries):
-                plgpu.copy_gmem_to_smem(q_ref.at[h, i], q, barrier)
+            plgpu.copy_gmem_to_smem(q_ref.at[h], queries, barrier)
+            fetch(jnp.int32(0))
             plgpu.barrier_wait(barrier)
             for plane in planes:
                 fetch_values(plane, jnp.int32(0))
+            for i in range(1, STAGES):
+                fetch(jnp.int32(i))
             unit, half, shift = (mg.over_rows(numbers[i], TILE) for i in (UNIT, HALF, SHIFT))
 
             def visit(i, acc):
                 slot, tile, parity = i % STAGES, tile_at(i), i % 2
                 plgpu.barrier_wait(ready.at[slot])
-                w = jnp.exp2(mg.times(mg.integer_dot(k.at[slot], queries) * unit + half, ks.at[slot]) + shift)
+                dot = mg.integer_dot(k.at[slot], mg.parts_of(queries))
+                w = jnp.exp2(mg.times(dot * unit + half, ks.at[slot]) + shift)
                 scaled = mg.times(w, vs.at[slot])
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the parity's last copies have left it
                 for j, x in enumerate(mg.sums_of(w, scaled, nu.at[slot], ks.at[slot])):
@@ -165,16 +167,8 @@ def _scan(
 
         count, place_at = deal(split, splits, end - first, some.refining, some.reading, some.tiles)
 
-        @pl.when(split < splits)
-        def _():
-            if fine is not None:
-                _, summary_ref, low_ref, *host_refs = fine_refs
-                attend_listed(
-                    h, layer, some, split, splits - 1 - split, refiners, readers, (words_ref, summary_ref),
-                    (q_ref, wide_ref, numbers_ref), (k_ref, low_ref, ks_ref, v_ref, v_low_ref, vs_ref, nu_ref),
-                    host_refs, found_refs, interpret, programs=splits,
-                )  # fmt: skip
-
+        # The scan first: the device fetches the beginning of a kernel's code ahead, and what nearly every program
+        # begins with would take twice as long behind the rest.
         pl.when((split < splits) & (count == 0))(lambda: pl.run_scoped(without_tiles, plgpu.SMEM((d, columns), f32)))
 
         @pl.when((split < splits) & (count > 0))
@@ -186,7 +180,7 @@ def _scan(
                 plgpu.SMEM((2, SUMS, columns), f32),
                 mg.weights_ref(columns, 2),
                 plgpu.SMEM((d, columns), f32),
-                plgpu.Barrier(num_arrivals=2 + PARTS),
+                plgpu.Barrier(num_arrivals=3),
                 plgpu.Barrier(num_arrivals=4, num_barriers=STAGES),
                 plgpu.Barrier(num_arrivals=1),
                 plgpu.Barrier(num_arrivals=1),
@@ -196,31 +190,47 @@ def _scan(
                 plgpu.SMEM((STAGES, TILE), jnp.uint8),
                 mg.tile_ref((d, TILE // 2), jnp.int8),
                 mg.tile_ref((d, TILE // 4), jnp.int8),
-                *[mg.tile_ref((columns, d), jnp.int8)] * PARTS,
+                mg.tile_ref((columns, d), jnp.int8, PARTS),
             )
 
-        def window(place, index):
-            def attend(numbers, out, sums, barrier, values_barrier, tile, weights, *queries):
-                which, i = place
-                k, v = (ref.at[layer, h, pl.ds(i * TILE, TILE)] for ref in window_refs[2 * which : 2 * which + 2])
-                plgpu.copy_gmem_to_smem(k, tile, barrier)
-                load_exact_queries(h, wide_ref, numbers_ref, queries, numbers, barrier)
-                plgpu.barrier_wait(barrier)
-                unit, shift = (mg.over_rows(numbers[i], TILE) for i in (UNIT_EXACT, SHIFT_EXACT))
-
-                def values_ready():
-                    plgpu.copy_gmem_to_smem(v, tile, values_barrier)
-                    plgpu.barrier_wait(values_barrier)
-
-                carry = attend_original_tile(
-                    live_ref[h, index], queries, unit, shift, tile, tile, weights, nothing(d, columns), interpret,
-                    values_ready,
+        @pl.when(split < splits)
+        def _():
+            if fine is not None:
+                _, summary_ref, low_ref, *host_refs = fine_refs
+                attend_listed(
+                    h, layer, some, split, splits - 1 - split, refiners, readers, (words_ref, summary_ref),
+                    (q_ref, wide_ref, numbers_ref), (k_ref, low_ref, ks_ref, v_ref, v_low_ref, vs_ref, nu_ref),
+                    host_refs, found_refs, interpret, programs=splits,
                 )  # fmt: skip
-                store_result(carry, out, sums, acc_ref.at[h, index], sums_ref.at[h, index])
-                plgpu.wait_smem_to_gmem(0)
 
+        def window(numbers, out, sums, barrier, values_barrier, tile, weights, queries):
+            index = split - splits
+
+            def fetch(keys_or_values: int, barrier):
+                for i, (which, at) in enumerate(places):
+                    source = window_refs[2 * which + keys_or_values].at[layer, h, pl.ds(at * TILE, TILE)]
+                    pl.when(index == i)(lambda source=source: plgpu.copy_gmem_to_smem(source, tile, barrier))
+
+            fetch(0, barrier)
+            load_exact_queries(h, wide_ref, numbers_ref, queries, numbers, barrier)
+            plgpu.barrier_wait(barrier)
+            unit, shift = (mg.over_rows(numbers[i], TILE) for i in (UNIT_EXACT, SHIFT_EXACT))
+
+            def values_ready():
+                fetch(1, values_barrier)
+                plgpu.barrier_wait(values_barrier)
+
+            carry = attend_original_tile(
+                live_ref[h, index], mg.parts_of(queries), unit, shift, tile, tile, weights, nothing(d, columns),
+                interpret, values_ready,
+            )  # fmt: skip
+            store_result(carry, out, sums, acc_ref.at[h, index], sums_ref.at[h, index])
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(split >= splits)
+        def _():
             pl.run_scoped(
-                attend,
+                window,
                 numbers_shape,
                 plgpu.SMEM((d, columns), jnp.float32),
                 plgpu.SMEM((4, columns), jnp.float32),
@@ -228,11 +238,8 @@ def _scan(
                 plgpu.Barrier(num_arrivals=1),
                 mg.tile_ref((TILE, d), jnp.bfloat16),
                 mg.weights_ref(columns),
-                *[mg.tile_ref((columns, d), jnp.bfloat16)] * PARTS,
+                mg.tile_ref((columns, d), jnp.bfloat16, PARTS),
             )
-
-        for index, place in enumerate(places):
-            pl.when(split == splits + index)(lambda place=place, index=index: window(place, index))
 
     run = plgpu.kernel(
         kernel,
