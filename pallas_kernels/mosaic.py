@@ -6,6 +6,7 @@ they are the `C = 2 G` columns of a matrix instruction (`pallas_kernels/query.py
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -222,17 +223,29 @@ def _put(order, item: jax.Array, taken: jax.Array, count: jax.Array) -> jax.Arra
     return count + jnp.where(taken, jnp.int32(1), jnp.int32(0))
 
 
+RUNS_AT_ONCE = 8
+"""That a program passes over in one go: each by itself would wait for its number."""
+
+
 def _list(flags, summary, here: Callable, put: Callable, split: jax.Array, splits) -> jax.Array:
     n = flags.shape[0] * flags.shape[1]
     runs = min(pl.cdiv(n, LOOK), summary.shape[0] * summary.shape[1])  # what is beyond either is padding
 
-    def look_at(carry):
-        run, count = carry
-        tiles = jnp.where(here(flag_of(summary, run)), jnp.minimum(LOOK, n - run * LOOK), jnp.int32(0))
-        count = lax.fori_loop(0, tiles, lambda i, count: put(run * LOOK + i, count), count)
-        return run + splits, count
+    def here_in(run):
+        return here(flag_of(summary, jnp.minimum(run, runs - 1)))
 
-    _, count = lax.while_loop(lambda carry: carry[0] < runs, look_at, (split, jnp.int32(0)))
+    def look_at(run, count):
+        tiles = jnp.where((run < runs) & here_in(run), jnp.minimum(LOOK, n - run * LOOK), jnp.int32(0))
+        return lax.fori_loop(0, tiles, lambda i, count: put(run * LOOK + i, count), count)
+
+    def look_at_some(carry):
+        run, count = carry
+        some = functools.reduce(jnp.logical_or, [here_in(run + i * splits) for i in range(RUNS_AT_ONCE)])
+        those = jnp.where(some, RUNS_AT_ONCE, 0)
+        count = lax.fori_loop(0, those, lambda i, count: look_at(run + i * splits, count), count)
+        return run + RUNS_AT_ONCE * splits, count
+
+    _, count = lax.while_loop(lambda carry: carry[0] < runs, look_at_some, (split, jnp.int32(0)))
     plgpu.commit_smem()
     return count
 

@@ -73,7 +73,8 @@ def dense_cache(config: LlamaConfig, n: int, batch: int) -> DenseKVCache:
 
 
 def _nothing(q, k, v, cache, layer, project):
-    return project(q), cache, None
+    """Keys and values are kept, as any attention would: what nobody asks for, their projections, is not computed."""
+    return project(q), cache, (k, v)
 
 
 @functools.partial(jitted, static_argnames=("config", "mode", "policy", "steps"), donate_argnames=("cache",))
@@ -85,11 +86,11 @@ def many(config: LlamaConfig, mode: str, policy: Policy, steps: int, params: Any
         cache, token = carry
         positions = jnp.full_like(token, n)
         if mode == "without attention":
-            logits, cache, record = decode_step(config, params, cache, token, positions, _nothing)
+            logits, cache, kept = decode_step(config, params, cache, token, positions, _nothing)
         else:
             plug, cache = ("certified", forgetful(cache)) if mode == ANEW else (mode, cache)
             logits, cache, record = decode.step(config, plug, policy, params, cache, token, positions)
-        kept = None if record is None else (record.rung, record.bytes_paged_in)
+            kept = None if record is None else (record.rung, record.bytes_paged_in)
         # 0, of which the compiler knows nothing: every step waits for the logits of the one before.
         token = jnp.isnan(logits).all(-1).astype(jnp.int32)
         return (cache, token), kept
@@ -138,7 +139,7 @@ def _row(
     }  # fmt: skip
     for name in QUICK if quick else MODES:  # all compiled alike
         row[name], cache, kept = timed(config, name, policy, params, cache, n)
-        if kept is not None:
+        if name.startswith("certified"):
             rung, paged = (np.asarray(x) for x in kept)
             row[f"rungs, {name}"] = np.bincount(rung.ravel(), minlength=5).tolist()
             row[f"paged_in_MB_a_step, {name}"] = round(float(paged.sum()) / STEPS / 1e6, 3)

@@ -188,17 +188,21 @@ def attend_listed(
             )
             pl.run_scoped(read, *scratch_of_pieces(rows, chunks, readers, columns, d))
 
-    @pl.when((refiner >= 0) & (refiner < some.refining))
-    def _():
-        refine = _refine(
-            h, refiner, layer, *flags_refs, q_refs, tier1_refs, acc_ref, stats_ref, some.refining, interpret
-        )
-        pl.run_scoped(refine, *_scratch(rows, chunks, refiners, columns, d))
+    refines, reads = (refiner >= 0) & (refiner < some.refining), (reader >= 0) & (reader < some.reading)
 
-    if readers > programs:
-        lax.fori_loop(0, pl.cdiv(readers, programs), lambda i, _: as_reader(reader + i * programs), None)
-    elif readers:
-        as_reader(reader)
+    @pl.when(refines | reads)  # one way around all of it: every further branch would end in code that is in no cache
+    def _():
+        @pl.when(refines)
+        def _():
+            refine = _refine(
+                h, refiner, layer, *flags_refs, q_refs, tier1_refs, acc_ref, stats_ref, some.refining, interpret
+            )
+            pl.run_scoped(refine, *_scratch(rows, chunks, refiners, columns, d))
+
+        if readers > programs:
+            lax.fori_loop(0, pl.cdiv(readers, programs), lambda i, _: as_reader(reader + i * programs), None)
+        elif readers:
+            as_reader(reader)
 
 
 def attend_fine(layer, words, counts, summary, q, keys, keys_low, key_scale, values, values_low, value_scale, nu,

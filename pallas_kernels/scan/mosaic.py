@@ -193,15 +193,13 @@ def _scan(
                 mg.tile_ref((columns, d), jnp.int8, PARTS),
             )
 
-        @pl.when(split < splits)
-        def _():
-            if fine is not None:
-                _, summary_ref, low_ref, *host_refs = fine_refs
-                attend_listed(
-                    h, layer, some, split, splits - 1 - split, refiners, readers, (words_ref, summary_ref),
-                    (q_ref, wide_ref, numbers_ref), (k_ref, low_ref, ks_ref, v_ref, v_low_ref, vs_ref, nu_ref),
-                    host_refs, found_refs, interpret, programs=splits,
-                )  # fmt: skip
+        if fine is not None:
+            _, summary_ref, low_ref, *host_refs = fine_refs
+            attend_listed(
+                h, layer, some, split, splits - 1 - split, refiners, readers, (words_ref, summary_ref),
+                (q_ref, wide_ref, numbers_ref), (k_ref, low_ref, ks_ref, v_ref, v_low_ref, vs_ref, nu_ref), host_refs,
+                found_refs, interpret, programs=splits,
+            )  # fmt: skip
 
         def window(numbers, out, sums, barrier, values_barrier, tile, weights, queries):
             index = split - splits
