@@ -212,6 +212,23 @@ def test_kernels_lower_for_cuda_without_a_gpu(d):
     assert len(calls) == 5  # scan, fine, both parts of a second pass, dense heads
 
 
+def test_the_benchmark_finds_the_lines_that_it_stamps():
+    """A copy of the first pass's kernel with them lowers, too."""
+    from benchmarks import stamps
+
+    _, x, q, _ = operands(128)
+    scan = stamps.stamped()
+    tier1 = x.keys, x.key_scale, x.values, x.values_low, x.value_scale, x.nu
+    shapes = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype),
+        ((x.index, x.meta, x.words, q.kernel, *tier1, x.live, x.windows),
+         (x.counts, x.summary, x.keys_low, x.host_keys, x.host_values)),
+    )  # fmt: skip
+    run = jax.jit(lambda a, fine: scan.scan_and_fine(*a, fine=fine, splits=4, refiners=2, readers=2)[1][-1])
+    result = run.trace(*shapes).lower(lowering_platforms=("cuda",)).out_info
+    assert result.shape == (B * H, 4 + x.live.shape[1], stamps.N)
+
+
 def interpreted():
     """Mosaic GPU's interpreter, which runs a kernel's threads, copies and barriers on a CPU and looks for races."""
     mosaic = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params", reason="this JAX has no interpreter")

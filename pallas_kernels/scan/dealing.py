@@ -10,8 +10,8 @@ from jax import lax
 
 AHEAD, MOST_AHEAD = 11, 20
 """Tiles that programs with nothing else to do are ahead by: what a program takes that refines one tile or reads some
-pieces from the host (some 30 us beside others of the scan, most of it waiting); one more for every further tile, up to
-the second."""
+pieces from the host (some 24 us beside others of the scan, the first time through that code); one more for every
+further tile, up to the second."""
 
 
 def deal(

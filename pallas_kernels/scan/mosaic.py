@@ -58,7 +58,7 @@ class Fine(NamedTuple):
 def scan_and_fine(*operands, fine: tuple, splits: int, refiners: int, readers: int, interpret=False):
     """What `scan_tiles` and `attend_fine` return, of one kernel.
 
-    Some programs of a head begin with what is to be read at its finest or from the host, and read fewer tiles for it
+    Some programs of a head end with what is to be read at its finest or from the host, and read fewer tiles for it
     (`dealing`). In a kernel of its own that would have to find room beside the scan's programs, most of which have
     begun; and beside them, with the memory busy, it takes twice as long (docs/kernels.md).
     """
