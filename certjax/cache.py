@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -131,9 +132,24 @@ class TieredKVCache:
             capacity below N.
         """
         _check_originals(keys, values)
-        n, d = keys.shape[-2:]
-        block = policy.block_size
-        capacity = n + block if capacity is None else capacity
+        n = keys.shape[-2]
+        capacity = n + policy.block_size if capacity is None else capacity
+        length = jnp.full((keys.shape[-4],), n, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
+
+        def one_layer(kv):
+            return cls.encode_layer(*kv, policy, length, capacity)
+
+        layers = one_layer((keys, values)) if keys.ndim == 4 else lax.map(one_layer, (keys, values))
+        return cls.of_layers(layers, policy, length)
+
+    @staticmethod
+    def encode_layer(
+        keys: jax.Array, values: jax.Array, policy: Policy, lengths: jax.Array, capacity: int
+    ) -> dict[str, Any]:
+        """What a layer of a cache holds of a prompt, `[batch, Hkv, N, d]`, its originals in tier 2's memory: a tree for
+        `of_layers`, by itself or stacked. Arguments and errors as of `from_prefill`."""
+        _check_originals(keys, values)
+        n, block = keys.shape[-2], policy.block_size
         if capacity < n:
             raise InvalidArgumentError(f"capacity={capacity} is less than the {n} tokens of the prompt.")
         if capacity > MAX_CAPACITY:
@@ -146,28 +162,25 @@ class TieredKVCache:
                 f"capacity={capacity} in blocks of block_size={block} makes sums longer than certificates cover; "
                 "choose a larger block_size."
             )
-        batch = keys.shape[-4]
-        length = jnp.full((batch,), n, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
-
-        def one_layer(kv):
-            return encode_prompt(*kv, length, policy, n_blocks)
-
-        build = one_layer if keys.ndim == 4 else lambda kv: lax.map(one_layer, kv)
-        device_leaves, originals = build((keys, values))
+        leaves, originals = encode_prompt(keys, values, lengths, policy, n_blocks)
         if policy.tier2 == "host":
             kind = host.host_memory_kind()
             originals = [host.to_host(x, kind) for x in originals]
         else:  # rounded (again), as in `encode_blocks`: the caller's cast may be in the same program
             originals = [num.cast(x, x.dtype) for x in originals]
+        return leaves | dict(zip(("host_keys", "host_values"), originals, strict=True))
+
+    @classmethod
+    def of_layers(cls, layers: dict[str, Any], policy: Policy, lengths: jax.Array) -> TieredKVCache:
+        """From what `encode_layer` made, of one layer or stacked."""
+        blocks = layers["notes"].checksum.shape  # [L?, batch, Hkv, NB]
         return cls(
-            **device_leaves,
-            host_keys=originals[0],
-            host_values=originals[1],
-            length=length,
-            plan=initial_plan((*keys.shape[:-2], n_blocks)) if block == TILE else None,
-            sound=jnp.ones(length.shape, bool),
+            **layers,
+            length=lengths,
+            plan=initial_plan(blocks) if policy.block_size == TILE else None,
+            sound=jnp.ones(lengths.shape, bool),
             codec=policy.make_codec(),
-            block_size=block,
+            block_size=policy.block_size,
             tier2=policy.tier2,
         )
 

@@ -100,6 +100,26 @@ def fill(
     return prefill(config, params, empty, tokens, lengths)
 
 
+@functools.partial(jax.jit, static_argnames=("config", "mode", "policy", "capacity"))
+def fill_tiered(
+    config: LlamaConfig, mode: Mode, policy: Policy, capacity: int, params: Any, tokens: jax.Array, lengths: jax.Array
+) -> tuple[TieredKVCache, jax.Array]:
+    """`fill` of the cache of a tiered mode alone: each layer is encoded, and its originals are on their way to the
+    host, before the next one begins, so that those of no other layer take room on the device."""
+    scratch = DenseKVCache.zeros(
+        1, tokens.shape[0], config.n_kv_heads, capacity, config.head_dim, jnp.dtype(config.kv_dtype)
+    )
+    lengths = lengths.astype(jnp.int32)
+
+    def keep(keys, values):
+        layer = TieredKVCache.encode_layer(keys, values, policy, lengths, capacity)
+        # Naive never looks at the originals, so it does not hold them.
+        return layer if mode == "certified" else layer | dict(host_keys=None, host_values=None)
+
+    layers, logits = prefill(config, params, scratch, tokens, lengths, keep=keep)
+    return TieredKVCache.of_layers(layers, policy, lengths), logits
+
+
 @functools.partial(jax.jit, static_argnames=("config", "mode", "policy", "sampling", "max_steps", "recorder"))
 def begin(
     config: LlamaConfig,
@@ -108,11 +128,11 @@ def begin(
     sampling: Sampling,
     max_steps: int,
     recorder: type[Recorder],
-    prefilled: DenseKVCache,
+    prefilled: DenseKVCache | TieredKVCache,
     logits: jax.Array,
     key: jax.Array,
 ) -> DecodeState:
-    """Make the mode's cache and sample the first token.
+    """Make the mode's cache, unless `prefilled` is that, and sample the first token.
 
     In dense mode the cache *is* `prefilled`, which `run` then overwrites.
 
@@ -149,8 +169,11 @@ def start(
     lengths: jax.Array,
     key: jax.Array,
 ) -> DecodeState:
-    """`fill`, then `begin`."""
-    prefilled, logits = fill(config, capacity, params, tokens, lengths)
+    """`fill` or `fill_tiered`, then `begin`."""
+    if mode == "dense":
+        prefilled, logits = fill(config, capacity, params, tokens, lengths)
+    else:
+        prefilled, logits = fill_tiered(config, mode, policy, capacity, params, tokens, lengths)
     return begin(config, mode, policy, sampling, max_steps, Telemetry, prefilled, logits, key)
 
 

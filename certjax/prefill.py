@@ -1,13 +1,16 @@
-"""Prefill: prompts into a dense cache, chunk by chunk, with exact attention in float32.
+"""Prefill: prompts through the model layer by layer, and of a layer chunk by chunk, with exact attention in float32.
 
-Memory beside the cache is O(chunk^2), and the half of the scores above the diagonal is never computed.
-Keys and values are read back from the cache as stored, so that prefill and decode see the same rounded
-originals.
+A layer is done with before the next one begins, so that its keys and values can be encoded, and the originals sent to
+the host, while there are those of no other layer: memory beside what is kept is the hidden states of the prompts, one
+layer's originals, and O(chunk^2). The half of the scores above the diagonal is never computed. Keys and values are read
+back as stored, so that prefill and decode see the same rounded originals.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +19,8 @@ from jax import lax
 from certjax.dense_cache import DenseKVCache
 from certjax.errors import InvalidArgumentError
 from certjax.models.llama.config import LlamaConfig
-from certjax.models.llama.modeling import forward, unembed
+from certjax.models.llama.modeling import Block, Embed, RMSNorm, unembed
+from certjax.models.llama.rope import rotation
 
 MASKED = -1e30
 """Score of what a query does not see. Finite, so that a row that sees nothing gives 0 and not NaN."""
@@ -30,24 +34,29 @@ def prefill(
     lengths: jax.Array,
     *,
     chunk: int = 256,
-) -> tuple[DenseKVCache, jax.Array]:
+    keep: Callable[[jax.Array, jax.Array], Any] | None = None,
+) -> tuple[Any, jax.Array]:
     """Run prompts through the model from position 0 and keep their keys and values.
 
     Parameters
     ----------
     cache
-        Overwritten from column 0 on; its `length` is not read.
+        Overwritten from column 0 on; its `length` is not read. With `keep`, of a single layer, which is used for one
+        after the other.
     tokens : `[b, T_pad]` int32
         Padded on the right, with any valid id.
     lengths : `[b]` int32
         Tokens of each prompt, from 1 to T_pad. Chunks beyond the longest are not computed.
     chunk
         Tokens processed at once; static. The result depends on it by rounding only.
+    keep
+        Of a layer's keys and values, `[b, Hkv, N, d]`, unspecified beyond a row's length: what is kept of them.
 
     Returns
     -------
     cache
-        With `length=lengths`; what is beyond a row's length is unspecified.
+        With `length=lengths`; what is beyond a row's length is unspecified. With `keep`, what that returned, stacked
+        over layers, in its place.
     logits : `[b, V]` float32
         At the last token of each prompt.
 
@@ -58,23 +67,32 @@ def prefill(
     """
     _check(cache, tokens, lengths, chunk)
     batch = tokens.shape[0]
-
-    def visit(i, carry):
-        cache, last = carry
-        start = i * chunk
-        piece = lax.dynamic_slice_in_dim(tokens, start, chunk, axis=1)
-        positions = jnp.broadcast_to(start + jnp.arange(chunk, dtype=jnp.int32), (batch, chunk))
-        attend = functools.partial(_attend, start=start, lengths=lengths)
-        hidden, cache, _ = forward(config, params, piece, positions, cache, attend)  # [b, chunk, D]
-        offset = lengths - 1 - start
-        picked = jnp.take_along_axis(hidden, jnp.clip(offset, 0, chunk - 1)[:, None, None], axis=1)[:, 0]
-        ends_here = (offset >= 0) & (offset < chunk)
-        return cache, jnp.where(ends_here[:, None], picked, last)
-
     n_chunks = (lengths.max() + chunk - 1) // chunk
-    last = jnp.zeros((batch, config.d_model), config.dtype)
-    cache, last = lax.fori_loop(0, n_chunks, visit, (cache, last))
-    return cache.replace(length=lengths.astype(jnp.int32)), unembed(config, params, last)
+
+    def visit_layer(carry, of_layer):
+        weights, layer = of_layer
+        place = layer if keep is None else jnp.int32(0)
+
+        def visit(i, carry):
+            x, cache = carry
+            start = i * chunk
+            piece = lax.dynamic_slice_in_dim(x, start, chunk, axis=1)  # [b, chunk, D]
+            positions = jnp.broadcast_to(start + jnp.arange(chunk, dtype=jnp.int32), (batch, chunk))
+            block = Block(config, functools.partial(_attend, start=start, lengths=lengths))
+            turn = rotation(config, positions)
+            (piece, cache), _ = block.apply({"params": weights}, (piece, cache), place, turn)
+            return lax.dynamic_update_slice_in_dim(x, piece, start, axis=1), cache
+
+        x, cache = lax.fori_loop(0, n_chunks, visit, carry)
+        return (x, cache), None if keep is None else keep(cache.keys[0], cache.values[0])
+
+    x = Embed(config).apply({"params": params["embed"]}, tokens)  # [b, T_pad, D]
+    layers = params["layers"], jnp.arange(config.n_layers, dtype=jnp.int32)
+    (x, cache), kept = lax.scan(visit_layer, (x, cache), layers)
+    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    last = RMSNorm(config).apply({"params": params["final_norm"]}, last)
+    found = cache.replace(length=lengths.astype(jnp.int32)) if keep is None else kept
+    return found, unembed(config, params, last)
 
 
 def _attend(q, k, v, cache: DenseKVCache, layer, project, *, start, lengths):

@@ -55,9 +55,9 @@ def traces():
         for name in ("prefill", "decode_step"):
             original = getattr(decode, name)
 
-            def counted(*args, name=name, original=original):
+            def counted(*args, name=name, original=original, **options):
                 seen.append(name)
-                return original(*args)
+                return original(*args, **options)
 
             patch.setattr(decode, name, counted)
         yield seen
