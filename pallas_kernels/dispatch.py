@@ -16,7 +16,7 @@ class Kernels:
     scan: Callable
     coarse: Callable
     fine: Callable  # with all programs, for what reads all of tier 1 at its finest
-    fine_beside: Callable  # with fewer programs, where most often there is nothing to do
+    fine_again: Callable  # with fewer programs, where most often there is nothing to do
     originals: Callable
     splits: int  # most parts that sums over a head's tiles come in
     fewest: int  # programs that a head's tiles are dealt out to, and least
@@ -26,12 +26,12 @@ class Kernels:
     uneven: int = 0  # tiles that a program of that may read beyond an even share
 
     def by_plan(self, layer, meta, words, counts, summary, q, tier1, live, windows, host):
-        """All that a plan asks for: what `scan` returns, and `fine_beside`. `tier1`, `host`: as `fine` takes them."""
+        """All that a plan asks for: what `scan` returns, and `fine_again`. `tier1`, `host`: as `fine` takes them."""
         keys, keys_low, *rest = tier1
         operands = layer, meta, words, q, keys, *rest, live, windows
         if self.scan_and_fine is not None:
             return self.scan_and_fine(*operands, fine=(counts, summary, keys_low, *host))
-        return self.scan(*operands), self.fine_beside(layer, words, counts, summary, q, *tier1, *host)
+        return self.scan(*operands), self.fine_again(layer, words, counts, summary, q, *tier1, *host)
 
 
 PROCESSORS = 132
@@ -40,7 +40,7 @@ PROCESSORS = 132
 WINDOWS = 3
 """Tiles of the windows, at the default sizes, each of which has a program of its own in the scan."""
 
-READERS, READERS_BESIDE, REFINERS_BESIDE = 32, 8, 12
+READERS, FEW_READERS, FEW_REFINERS = 32, 8, 12
 """Programs of a head that may read from the host: many, so that few pieces share one; or few, by the plan of the step
 before and in a second pass; and of those that read tiles at their finest there."""
 
@@ -71,22 +71,22 @@ def mosaic_kernels(n_heads: int) -> Kernels:
         """Of a head, where so many run on a processor at once."""
         return max(1, min(64, int(at_once * PROCESSORS) // n_heads - others))
 
-    # Those of `coarse` and `fine_beside` that find nothing to do return at once, one after the other: a second pass, of
+    # Those of `coarse` and `fine_again` that find nothing to do return at once, one after the other: a second pass, of
     # which that is the rule, has few.
     scan, coarse, fine = programs(2.97, WINDOWS), programs(1), programs(2)
-    beside = min(fine, REFINERS_BESIDE)
+    few = min(fine, FEW_REFINERS)
     originals = programs(2) // 2 * 2 or 1  # even: two share a tile
     return Kernels(
         "mosaic_gpu",
         scan=functools.partial(scan_tiles, splits=scan),
         coarse=functools.partial(attend_coarse, splits=coarse),
         fine=functools.partial(attend_fine, splits=fine, readers=READERS),
-        fine_beside=functools.partial(attend_fine, splits=beside, readers=READERS_BESIDE),
+        fine_again=functools.partial(attend_fine, splits=few, readers=FEW_READERS),
         originals=functools.partial(attend_originals, splits=originals),
         splits=max(scan, coarse) + fine,
-        fewest=min(scan, coarse, beside),
+        fewest=min(scan, coarse, few),
         fewest_dense=originals,
         chained=importlib.util.find_spec("triton") is not None,
-        scan_and_fine=functools.partial(scan_and_fine, splits=scan, refiners=beside, readers=READERS_BESIDE),
+        scan_and_fine=functools.partial(scan_and_fine, splits=scan, refiners=few, readers=FEW_READERS),
         uneven=MOST_AHEAD,
     )

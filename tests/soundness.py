@@ -27,6 +27,7 @@ from certjax import Policy, TieredKVCache, certified_attention
 from certjax.fused import dispatch
 from pallas_kernels import levels as lv
 from tests import adversarial as adv
+from tests.interpreter import of_mosaic
 from tests.oracle import exact_error
 
 SLACK_OF_THE_ORACLE = 1e-13
@@ -154,16 +155,14 @@ def interpret_chain() -> None:
     interpreter, and all that a plan asks for in Mosaic's, where this JAX has one."""
     import tests.conftest  # noqa: F401, tells Triton to interpret
 
-    plain, more = dispatch.reference_kernels, {}
-    try:
-        from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-    except ImportError:
+    plain, more, interpreter = dispatch.reference_kernels, {}, of_mosaic()
+    if interpreter is None:
         print("Mosaic's kernels: their twins, as this JAX cannot interpret them.")
     else:
         from pallas_kernels.scan.dealing import MOST_AHEAD
         from pallas_kernels.scan.mosaic import scan_and_fine
 
-        one = functools.partial(scan_and_fine, splits=4, refiners=2, readers=3, interpret=InterpretGPUParams())
+        one = functools.partial(scan_and_fine, splits=4, refiners=2, readers=3, interpret=interpreter)
         compiled, one_at_a_time = jax.jit(one), threading.Lock()
 
         def interpreted(*operands, fine):  # which takes nothing from host memory, and is no part of another program

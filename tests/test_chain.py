@@ -80,7 +80,7 @@ def step(attend, q, cache, policy, sound=(True, True), seen=None, layer=1):
         return attend
 
     if seen is not None:
-        kernels = dataclasses.replace(plain, fine_beside=recorded(plain.fine_beside), scan_and_fine=None)
+        kernels = dataclasses.replace(plain, fine_again=recorded(plain.fine_again), scan_and_fine=None)
     run = jax.jit(lambda q, cache: attend(q, cache, jnp.int32(layer), policy, kernels, jnp.array(sound)))
     out, certificate, plan, *_ = run(q, cache)
     return f64(out), jax.tree.map(lambda x: np.asarray(x, np.float64), certificate), np.asarray(plan)

@@ -51,7 +51,7 @@ def as_the_kernels_leave_it(plain: dispatch.Kernels) -> dispatch.Kernels:
         return where(counts[:, lv.N_COARSE] + counts[:, lv.N_VALUES] > 0, plain.coarse(layer, words, counts, *rest))
 
     def fine(layer, words, counts, summary, q, keys, *rest):
-        acc, stats, found, sums = plain.fine_beside(layer, words, counts, summary, q, keys, *rest)
+        acc, stats, found, sums = plain.fine_again(layer, words, counts, summary, q, keys, *rest)
         n_promoted, program = counts[:, lv.N_PROMOTED], jnp.arange(acc.shape[1])
         refining, reading = (
             lv.at_work(n, acc.shape[1])[:, None] for n in (counts[:, lv.N_FINEST] + n_promoted, n_promoted)
@@ -66,7 +66,7 @@ def as_the_kernels_leave_it(plain: dispatch.Kernels) -> dispatch.Kernels:
     def originals(layer, meta, chosen, some, *rest, **options):
         return [where(some > 0, x) for x in plain.originals(layer, meta, chosen, some, *rest, **options)]
 
-    return dataclasses.replace(plain, scan=scan, coarse=coarse, fine_beside=fine, originals=originals)
+    return dataclasses.replace(plain, scan=scan, coarse=coarse, fine_again=fine, originals=originals)
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from pallas_kernels import levels as lv
 from pallas_kernels import query as qr
 from pallas_kernels.scan import dealing
 from pallas_kernels.scan.dealing import MOST_AHEAD, deal
+from tests.interpreter import of_mosaic
 from tests.oracle import f64
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -74,7 +75,7 @@ def calls(d: int):
         "scan": scan,
         "coarse": (x.index, words, counts, weights, x.values, x.values_low),
         "fine": fine,
-        "fine_beside": fine,
+        "fine_again": fine,
         "by_plan": (
             x.index, x.meta, words, counts, summary, q.kernel,
             (x.keys, x.keys_low, x.key_scale, x.values, x.values_low, x.value_scale, x.nu), x.live, x.windows,
@@ -195,6 +196,18 @@ def test_dense_pass_over_originals_is_attention(d):
     np.testing.assert_allclose(out[..., : GROUPS[d]], want, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("width", [2, 4])
+def test_fields_of_every_byte_are_exact(width):
+    from pallas_kernels.mosaic import fields
+
+    byte = np.arange(-128, 128)
+    for i, found in enumerate(fields(jnp.asarray(byte, jnp.int8), width)):
+        assert found.dtype == jnp.bfloat16
+        code = byte >> (width * i) & (2**width - 1)
+        code = np.where(code < 2 ** (width - 1), code, code - 2**width)  # two's complement
+        np.testing.assert_array_equal(f64(found), code * 2.0 ** (8 - width))
+
+
 @EVERY
 def test_kernels_lower_for_cuda_without_a_gpu(d):
     """The whole fused step with every kernel in it."""
@@ -230,12 +243,12 @@ def test_the_benchmark_finds_the_lines_that_it_stamps():
 
 
 def interpreted():
-    """Mosaic GPU's interpreter, which runs a kernel's threads, copies and barriers on a CPU and looks for races."""
-    mosaic = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params", reason="this JAX has no interpreter")
-    return mosaic.InterpretGPUParams(detect_races=True)
+    """With a search for races."""
+    found = of_mosaic(detect_races=True)
+    return pytest.skip("this JAX has no interpreter of Mosaic's kernels") if found is None else found
 
 
-KERNELS = pytest.mark.parametrize("name", ["scan", "coarse", "fine", "fine_beside", "by_plan", "originals"])
+KERNELS = pytest.mark.parametrize("name", ["scan", "coarse", "fine", "fine_again", "by_plan", "originals"])
 SLOTS = 256
 """KV heads for which a head has one program: it reads nine tiles, more than there are slots for."""
 
@@ -370,7 +383,7 @@ def found_by(d, name, kernel):
         if name == "coarse":
             some = lv.by_scan(lv.level_of(words)).any(1)
             return [np.asarray(qr.folded(result.sum(1)))[some]]
-        if name in ("fine", "fine_beside"):
+        if name in ("fine", "fine_again"):
             acc, stats, *host = result
             level = np.asarray(lv.level_of_rest(words, d))
             acc, host = working(words, acc, host)

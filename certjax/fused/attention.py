@@ -66,10 +66,10 @@ def fused_attention(
         first = step.attempt(scan, plan, scan.coarse, step.fine(kernels.fine, plan))
         out, certificate = step.finish(first, None, sound)
         return project(out), certificate, None
-    first = step.attempt(scan, plan, scan.coarse, step.fine(kernels.fine_beside, plan))
+    first = step.attempt(scan, plan, scan.coarse, step.fine(kernels.fine_again, plan))
     fresh = step.fresh(scan, first.judged)
     again = step.again(first.judged)
-    second = step.attempt(scan, fresh, step.values_by_scan(scan, fresh), step.fine(kernels.fine_beside, fresh))
+    second = step.attempt(scan, fresh, step.values_by_scan(scan, fresh), step.fine(kernels.fine_again, fresh))
     second = second.replace(passed=second.passed & first.passed)
     words = held(plan.words, fresh, again | step.by_head(due(cache.length, layer)), step.layer.active)
     out, certificate = step.finish(first, (again, second), sound)

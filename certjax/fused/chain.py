@@ -116,7 +116,7 @@ def chained_attention(
         cache = cache.write_originals(*token, layer, after=arrived[0])
     originals = ops.originals_of(cache)
     values = kernels.coarse(index, words, counts, weights, x.values, x.values_low)
-    fine = kernels.fine_beside(index, words, counts, summary, operands, *tier1, *originals)
+    fine = kernels.fine_again(index, words, counts, summary, operands, *tier1, *originals)
     out, record, (verdict, everything) = judging.judge_again(
         found(words, counts, summary, values, *fine), of_layer, asked, verdict, out, record, arrived, sound, rounding,
         contract, canary=policy.canary,
