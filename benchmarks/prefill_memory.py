@@ -34,7 +34,7 @@ def main() -> None:
         tokens, lengths = jax.ShapeDtypeStruct((1, n), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
 
         def by_layer(params, tokens, lengths, capacity=capacity):
-            return decode.fill_tiered(config, "certified", policy, capacity, params, tokens, lengths)
+            return decode.fill_tiered(config, policy.form, capacity, params, tokens, lengths)
 
         def dense(params, tokens, lengths, capacity=capacity):
             prefilled, logits = decode.fill(config, capacity, params, tokens, lengths)

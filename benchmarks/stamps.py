@@ -77,10 +77,10 @@ def stamp(place: int, what=utils.clock) -> None:
     store(stamp.here)
 
 
-def stamped(device_order=("originals", "fine", "scan")) -> types.ModuleType:
+def stamped() -> types.ModuleType:
     """`pallas_kernels.scan.mosaic` whose kernel returns what its programs stamped, too: `[H, programs, N]` int32."""
     modules = {}
-    for module in device_order:
+    for module in STAMPS:  # each imports those before it
         source = (Path(pallas_kernels.__file__).parent / module / "mosaic.py").read_text()
         for name, where, line in STAMPS[module]:
             source = _put(source, name, where, line)

@@ -224,7 +224,7 @@ class TieredKVCache:
         return self.write(k, v).advance()
 
     def counting(self) -> TieredKVCache:
-        """With the token that `write` stored counted: what a query of that token attends to."""
+        """With one more token counted, which is stored or about to be: what a query of that token attends to."""
         return self.replace(length=self.length + 1)
 
     def advance(self) -> TieredKVCache:

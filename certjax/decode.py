@@ -100,27 +100,68 @@ def fill(
     return prefill(config, params, empty, tokens, lengths)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mode", "policy", "capacity"))
+@functools.partial(jax.jit, static_argnames=("config", "form", "capacity", "originals"))
 def fill_tiered(
-    config: LlamaConfig, mode: Mode, policy: Policy, capacity: int, params: Any, tokens: jax.Array, lengths: jax.Array
+    config: LlamaConfig,
+    form: Policy,
+    capacity: int,
+    params: Any,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    *,
+    originals: bool = True,
 ) -> tuple[TieredKVCache, jax.Array]:
     """`fill` of the cache of a tiered mode alone: each layer is encoded, and its originals are on their way to the
-    host, before the next one begins, so that those of no other layer take room on the device."""
+    host, before the next one begins, so that those of no other layer take room on the device.
+
+    Parameters
+    ----------
+    form
+        A policy; `Policy.form` of one, so that the program serves all that store a cache alike.
+    originals
+        Whether the cache has them. Naive mode never looks at them.
+    """
     scratch = DenseKVCache.zeros(
         1, tokens.shape[0], config.n_kv_heads, capacity, config.head_dim, jnp.dtype(config.kv_dtype)
     )
     lengths = lengths.astype(jnp.int32)
 
     def keep(keys, values):
-        layer = TieredKVCache.encode_layer(keys, values, policy, lengths, capacity)
-        # Naive never looks at the originals, so it does not hold them.
-        return layer if mode == "certified" else layer | dict(host_keys=None, host_values=None)
+        layer = TieredKVCache.encode_layer(keys, values, form, lengths, capacity)
+        return layer if originals else layer | dict(host_keys=None, host_values=None)
 
     layers, logits = prefill(config, params, scratch, tokens, lengths, keep=keep)
-    return TieredKVCache.of_layers(layers, policy, lengths), logits
+    return TieredKVCache.of_layers(layers, form, lengths), logits
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mode", "policy", "sampling", "max_steps", "recorder"))
+@functools.partial(jax.jit, static_argnames=("config", "mode", "sampling", "max_steps", "recorder"))
+def _first(
+    config: LlamaConfig,
+    mode: Mode,
+    sampling: Sampling,
+    max_steps: int,
+    recorder: type[Recorder],
+    logits: jax.Array,
+    key: jax.Array,
+) -> DecodeState:
+    """The state after the first token, but for its cache: what goes through a program is copied."""
+    batch = logits.shape[0]
+    first = sample(logits, sampling, key, jnp.int32(0))
+    return DecodeState(
+        cache=None,
+        tokens=jnp.zeros((batch, max_steps + 1), jnp.int32).at[:, 0].set(first),
+        last=first,
+        count=jnp.int32(1),
+        done=_ends(config, first),
+        finished_at=jnp.ones(batch, jnp.int32),
+        key=key,
+        telemetry=recorder.empty(config, mode, batch, max_steps),
+    )
+
+
+_made = jax.jit(make_cache, static_argnames=("mode", "policy"))
+
+
 def begin(
     config: LlamaConfig,
     mode: Mode,
@@ -134,7 +175,7 @@ def begin(
 ) -> DecodeState:
     """Make the mode's cache, unless `prefilled` is that, and sample the first token.
 
-    In dense mode the cache *is* `prefilled`, which `run` then overwrites.
+    In dense mode the cache *is* `prefilled`, which `run` then overwrites; so it is where prefill has made it.
 
     Parameters
     ----------
@@ -143,18 +184,10 @@ def begin(
     recorder
         `Telemetry`, or another `Recorder`.
     """
-    batch = logits.shape[0]
-    first = sample(logits, sampling, key, jnp.int32(0))
-    return DecodeState(
-        cache=make_cache(mode, policy, prefilled),
-        tokens=jnp.zeros((batch, max_steps + 1), jnp.int32).at[:, 0].set(first),
-        last=first,
-        count=jnp.int32(1),
-        done=_ends(config, first),
-        finished_at=jnp.ones(batch, jnp.int32),
-        key=key,
-        telemetry=recorder.empty(config, mode, batch, max_steps),
-    )
+    cache = prefilled
+    if mode != "dense" and isinstance(prefilled, DenseKVCache):
+        cache = _made(mode, policy.form, prefilled)
+    return _first(config, mode, sampling, max_steps, recorder, logits, key).replace(cache=cache)
 
 
 def start(
@@ -173,7 +206,9 @@ def start(
     if mode == "dense":
         prefilled, logits = fill(config, capacity, params, tokens, lengths)
     else:
-        prefilled, logits = fill_tiered(config, mode, policy, capacity, params, tokens, lengths)
+        prefilled, logits = fill_tiered(
+            config, policy.form, capacity, params, tokens, lengths, originals=mode == "certified"
+        )
     return begin(config, mode, policy, sampling, max_steps, Telemetry, prefilled, logits, key)
 
 

@@ -48,11 +48,9 @@ def make_plug(mode: Mode, policy: Policy, cache: DenseKVCache | TieredKVCache, n
     raise InvalidArgumentError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}.")
 
 
-def make_cache(
-    mode: Mode, policy: Policy, prefilled: DenseKVCache | TieredKVCache
-) -> DenseKVCache | TieredKVCache:
-    """The cache a mode decodes with, from the originals that prefill left on the device; or prefill has made it."""
-    if mode == "dense" or isinstance(prefilled, TieredKVCache):
+def make_cache(mode: Mode, policy: Policy, prefilled: DenseKVCache) -> DenseKVCache | TieredKVCache:
+    """The cache a mode decodes with, from the originals that prefill left on the device."""
+    if mode == "dense":
         return prefilled
     cache = TieredKVCache.from_prefill(
         prefilled.keys, prefilled.values, policy, lengths=prefilled.length, capacity=prefilled.keys.shape[-2]

@@ -9,6 +9,12 @@ from certjax.codecs import Codec, make_codec
 from certjax.errors import InvalidArgumentError
 from pallas_kernels import numerics as num
 
+FORM = (
+    "codec", "block_size", "group_size", "key_metadata", "key_planes", "value_planes", "refine", "rotate", "fp8_scale",
+    "annotations", "spectral", "centre", "sink_tokens", "recent_tokens", "tier2",
+)  # fmt: skip
+"""Fields that say how tokens are stored; the others say how they are attended to."""
+
 
 def _require(ok: bool, message: str) -> None:
     if not ok:
@@ -212,6 +218,11 @@ class Policy:
     def pooled(self) -> bool:
         """Whether the heads of a layer share one budget."""
         return self.relative_to == "layer" and self.allotment == "pooled"
+
+    @property
+    def form(self) -> Policy:
+        """What a cache depends on that is made by this policy: equal for all that store it alike."""
+        return Policy("observe", **{name: getattr(self, name) for name in FORM})
 
     def make_codec(self) -> Codec:
         """The tier-1 codec this policy asks for."""

@@ -63,9 +63,14 @@ def prefill(
     Raises
     ------
     InvalidArgumentError
-        If T_pad is not a multiple of `chunk` or does not fit the cache, or shapes disagree.
+        If T_pad is not a multiple of `chunk` or does not fit the cache, or shapes disagree; with `keep`, if the cache
+        is not of one layer.
     """
     _check(cache, tokens, lengths, chunk)
+    if keep is not None and cache.keys.shape[0] != 1:
+        raise InvalidArgumentError(
+            f"keep: one layer's room is used for all, and the cache has {cache.keys.shape[0]}; build it with one."
+        )
     batch = tokens.shape[0]
     n_chunks = (lengths.max() + chunk - 1) // chunk
 

@@ -214,19 +214,33 @@ def test_projection_is_a_product_and_is_done_again_where_something_was_revised(b
         np.testing.assert_allclose(f64(found[:, 0]), f64(twin), rtol=2.0**-6, atol=0.1)
 
 
-def test_append_in_a_kernel_is_write():
-    """Into a block that is open, into one that it opens, while the sink is being filled, and beyond the end."""
+def by_itself(cache, k, v):
     from pallas_kernels.append.triton import append_to_windows
 
-    def in_a_kernel(cache, k, v):
-        return with_windows(cache, append_to_windows(token_of(cache, k, v), jnp.array([1])))
+    return append_to_windows(token_of(cache, k, v), jnp.array([1]))
 
+
+def with_the_queries(cache, k, v):
+    from pallas_kernels.prepare.triton import prepare_queries
+
+    common, q = ops.shared(cache), jnp.ones((B * H, GROUPS[64], 64))
+    *_, windows = prepare_queries(
+        q, ops.by_head(cache.stats.key_centre), common.largest, ops.rotation_matrix(64), jnp.array([1]),
+        (common.words, common.counts, common.summary), vanished=ops.VANISHED, room=ops.ROOM,
+        tensor_unit=ops.TENSOR_UNIT, token=token_of(cache, k, v),
+    )  # fmt: skip
+    return windows
+
+
+@pytest.mark.parametrize("append", [by_itself, with_the_queries])
+def test_append_in_a_kernel_is_write(append):
+    """Into a block that is open, into one that it opens, while the sink is being filled, and beyond the end."""
     cache, _ = problem(64)
     k, v = jax.random.normal(jax.random.key(5), (2, B, H, 64))
-    for lengths in ([1535, 1152], [1280, 77], [1536, 128]):
+    for lengths in ([1535, 1152], [1280, 77], [1536, 128], [0, 127]):
         before = cache.replace(length=jnp.array(lengths))
         want = jax.jit(lambda c, k, v: c.write(k, v, jnp.int32(1)))(before, k, v)
-        got = jax.jit(in_a_kernel)(before.counting(), k, v)
+        got = jax.jit(lambda c, k, v: with_windows(c, append(c, k, v)))(before.counting(), k, v)
         after = jnp.nan if lengths[0] == 1280 else jnp.int32(7)
         write = jax.jit(lambda c, k, v, after: c.write_originals(k, v, jnp.int32(1), after))
         got = write(got, k, v, after).replace(length=before.length)
@@ -253,20 +267,23 @@ from tests.test_chain import B, GROUPS, H, problem
 for d in GROUPS:
     policy = Policy.budget(0.05, block_size=128)
     q, cache = (jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), x) for x in problem(d)[::-1])
-    def f(q, c, w):
+    def f(q, c, w, token):
         project, again = in_kernels({"kernel": w, "bias": w[:, 0]}, jnp.int32(1))
         flat = lambda out: out.reshape(B, -1)
         more = dict(project=lambda x: project(flat(x)), again=lambda y, x, revised: again(y, flat(x), revised))
+        more["token"] = token
         return chained_attention(q, c, jnp.int32(1), policy, mosaic_kernels(B * H), jnp.ones(B, bool), **more)
     w = jax.ShapeDtypeStruct((2, H * GROUPS[d] * d, 128), jnp.bfloat16)
-    text = jax.jit(f).trace(q, cache, w).lower(lowering_platforms=("cuda",)).as_text()
-    print(text.count("custom_call @__gpu$xla.gpu.triton"), text.count("mosaic_gpu_v2"))
+    token = (jax.ShapeDtypeStruct((B, H, d), jnp.bfloat16),) * 2
+    for stored in (token, None):
+        text = jax.jit(f).trace(q, cache, w, stored).lower(lowering_platforms=("cuda",)).as_text()
+        print(text.count("custom_call @__gpu$xla.gpu.triton"), text.count("mosaic_gpu_v2"))
 """
     environment = os.environ | {"TRITON_INTERPRET": "0", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     # Of the others: all that the plan of the step before asks for, both parts of a second pass, dense heads.
-    assert done.stdout.split() == ["8", "4"] * len(GROUPS), done.stdout
+    assert done.stdout.split() == ["8", "4"] * 2 * len(GROUPS), done.stdout
 
 
 @pytest.mark.parametrize("attend", [chained_attention, fused_attention])

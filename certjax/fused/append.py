@@ -1,4 +1,5 @@
-"""A step's keys and values into a cache, its windows by one kernel where attention, too, is a chain of kernels."""
+"""A step's keys and values into a cache: the windows by one kernel where others attend to them. (A chain of kernels
+stores the token in that which makes the queries ready, `pallas_kernels.prepare`.)"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tiles a program of the scan reads, where some programs have something else to do first."""
+"""Which tiles a program of the scan reads, where some programs have something else to do, too."""
 
 from __future__ import annotations
 

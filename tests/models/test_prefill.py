@@ -15,6 +15,7 @@ from certjax import decode as programs
 from certjax.errors import InvalidArgumentError
 from certjax.models.llama.modeling import decode_step, init_params
 from certjax.prefill import prefill, prefill_attention
+from certjax.sampling import Sampling
 from tests.models import tiny
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -138,12 +139,45 @@ def test_layers_encoded_as_they_come_are_the_cache_that_the_originals_make(codec
     prefilled, logits = programs.fill(config, capacity, params, prompts, lengths)
     build = jax.jit(TieredKVCache.from_prefill, static_argnames=("policy", "capacity"))
     want = build(prefilled.keys, prefilled.values, policy, lengths=lengths, capacity=capacity)
-    got, same_logits = programs.fill_tiered(config, "certified", policy, capacity, params, prompts, lengths)
+    got, same_logits = programs.fill_tiered(config, policy.form, capacity, params, prompts, lengths)
     jax.tree.map(np.testing.assert_array_equal, got, want)
     np.testing.assert_array_equal(same_logits, logits)
-    naive, _ = programs.fill_tiered(config, "naive", policy, capacity, params, prompts, lengths)
+    naive, _ = programs.fill_tiered(config, policy.form, capacity, params, prompts, lengths, originals=False)
     assert naive.host_keys is None and naive.host_values is None
     jax.tree.map(np.testing.assert_array_equal, naive, got.replace(host_keys=None, host_values=None))
+
+
+@pytest.mark.parametrize("mode", ["dense", "naive", "certified"])
+def test_what_prefill_made_is_what_decoding_begins_with(mode):
+    """Not a copy: a second one would take as much memory again."""
+    config, policy = tiny.CONFIGS["wide_heads"], Policy.budget(block_size=16)
+    params, tokens = init_params(config, jax.random.key(1)), tiny.tokens(config, 1, 256)
+    if mode == "dense":
+        prefilled, logits = programs.fill(config, 256, params, tokens, jnp.array([200]))
+    else:
+        prefilled, logits = programs.fill_tiered(config, policy.form, 256, params, tokens, jnp.array([200]))
+    state = programs.begin(
+        config, mode, policy, Sampling(), 4, programs.Telemetry, prefilled, logits, jax.random.key(0)
+    )
+    assert state.cache is prefilled
+
+
+def test_policies_that_store_alike_share_a_program():
+    for policy in (Policy.budget(block_size=16), Policy.paper(), Policy.observe(codec="fp8_e4m3", centre="zero")):
+        others = dict(tolerance=0.2, allotment="equal") if policy.kind == "budget" else dict(canary=False, scrub=3)
+        assert dataclasses.replace(policy, **others).form == policy.form == policy.form.form
+        blocks = dict(block_size=32, sink_tokens=32, recent_tokens=128)
+        for stored in (blocks, dict(tier2="device"), dict(spectral=not policy.spectral)):
+            assert dataclasses.replace(policy, **stored).form != policy.form
+    assert Policy.budget().form == Policy.observe().form
+
+
+def test_a_layers_room_is_one_layers():
+    with pytest.raises(InvalidArgumentError, match="keep"):
+        prefill(
+            tiny.GQA, None, tiny.empty_cache(tiny.GQA, 1, 8), jnp.zeros((1, 8), jnp.int32), jnp.array([8]), chunk=8,
+            keep=lambda k, v: None,
+        )  # fmt: skip
 
 
 def test_what_prefill_takes_meanwhile_does_not_grow_with_the_layers():
@@ -153,7 +187,7 @@ def test_what_prefill_takes_meanwhile_does_not_grow_with_the_layers():
     def meanwhile(n_layers):
         config = dataclasses.replace(tiny.CONFIGS["wide_heads"], n_layers=n_layers, kv_dtype="bfloat16")
         arguments = init_params(config, jax.random.key(1)), tiny.tokens(config, 1, n), jnp.array([n])
-        compiled = programs.fill_tiered.lower(config, "naive", policy, n, *arguments).compile()
+        compiled = programs.fill_tiered.lower(config, policy.form, n, *arguments, originals=False).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     config = tiny.CONFIGS["wide_heads"]
