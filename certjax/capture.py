@@ -69,9 +69,7 @@ def _run(config: LlamaConfig, params: Any, tokens: jax.Array):
     n = tokens.shape[1]
     length = jnp.full(1, n, jnp.int32)
     start = n - CHUNK
-    cache = DenseKVCache.zeros(
-        config.n_layers, 1, config.n_kv_heads, n, config.head_dim, jnp.dtype(config.kv_dtype)
-    )
+    cache = DenseKVCache.empty(config, 1, n)
     if start:
         cache, _ = prefill(config, params, cache, tokens[:, :start], length - CHUNK, chunk=CHUNK)
 

@@ -17,7 +17,7 @@ from certjax.dense_cache import DenseKVCache
 from certjax.fused.dispatch import FUSED, pick_backend
 from certjax.models.llama.config import LlamaConfig
 from certjax.models.llama.modeling import decode_step
-from certjax.plugs import Mode, make_cache, make_plug
+from certjax.plugs import Mode, make_plug
 from certjax.policy import Policy
 from certjax.prefill import prefill
 from certjax.programs import jitted
@@ -94,10 +94,7 @@ def fill(
     tokens : `[b, T_pad]` int32, right-padded prompts
     lengths : `[b]` int32
     """
-    empty = DenseKVCache.zeros(
-        config.n_layers, tokens.shape[0], config.n_kv_heads, capacity, config.head_dim, jnp.dtype(config.kv_dtype)
-    )
-    return prefill(config, params, empty, tokens, lengths)
+    return prefill(config, params, DenseKVCache.empty(config, tokens.shape[0], capacity), tokens, lengths)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "form", "capacity", "originals"))
@@ -121,9 +118,7 @@ def fill_tiered(
     originals
         Whether the cache has them. Naive mode never looks at them.
     """
-    scratch = DenseKVCache.zeros(
-        1, tokens.shape[0], config.n_kv_heads, capacity, config.head_dim, jnp.dtype(config.kv_dtype)
-    )
+    scratch = DenseKVCache.empty(config, tokens.shape[0], capacity, n_layers=1)
     lengths = lengths.astype(jnp.int32)
 
     def keep(keys, values):
@@ -132,6 +127,29 @@ def fill_tiered(
 
     layers, logits = prefill(config, params, scratch, tokens, lengths, keep=keep)
     return TieredKVCache.of_layers(layers, form, lengths), logits
+
+
+def begin(
+    config: LlamaConfig,
+    mode: Mode,
+    sampling: Sampling,
+    max_steps: int,
+    recorder: type[Recorder],
+    cache: DenseKVCache | TieredKVCache,
+    logits: jax.Array,
+    key: jax.Array,
+) -> DecodeState:
+    """Sample the first token, and decode from the mode's `cache`: the state has that itself, which `run` overwrites.
+
+    Parameters
+    ----------
+    max_steps
+        Decode steps there is room to record.
+    recorder
+        `Telemetry`, or another `Recorder`.
+    """
+    # Not a part of the program: what goes through one is copied.
+    return _first(config, mode, sampling, max_steps, recorder, logits, key).replace(cache=cache)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mode", "sampling", "max_steps", "recorder"))
@@ -144,7 +162,7 @@ def _first(
     logits: jax.Array,
     key: jax.Array,
 ) -> DecodeState:
-    """The state after the first token, but for its cache: what goes through a program is copied."""
+    """The state after the first token, without a cache."""
     batch = logits.shape[0]
     first = sample(logits, sampling, key, jnp.int32(0))
     return DecodeState(
@@ -157,37 +175,6 @@ def _first(
         key=key,
         telemetry=recorder.empty(config, mode, batch, max_steps),
     )
-
-
-_made = jax.jit(make_cache, static_argnames=("mode", "policy"))
-
-
-def begin(
-    config: LlamaConfig,
-    mode: Mode,
-    policy: Policy,
-    sampling: Sampling,
-    max_steps: int,
-    recorder: type[Recorder],
-    prefilled: DenseKVCache | TieredKVCache,
-    logits: jax.Array,
-    key: jax.Array,
-) -> DecodeState:
-    """Make the mode's cache, unless `prefilled` is that, and sample the first token.
-
-    In dense mode the cache *is* `prefilled`, which `run` then overwrites; so it is where prefill has made it.
-
-    Parameters
-    ----------
-    max_steps
-        Decode steps there is room to record.
-    recorder
-        `Telemetry`, or another `Recorder`.
-    """
-    cache = prefilled
-    if mode != "dense" and isinstance(prefilled, DenseKVCache):
-        cache = _made(mode, policy.form, prefilled)
-    return _first(config, mode, sampling, max_steps, recorder, logits, key).replace(cache=cache)
 
 
 def start(
@@ -204,12 +191,12 @@ def start(
 ) -> DecodeState:
     """`fill` or `fill_tiered`, then `begin`."""
     if mode == "dense":
-        prefilled, logits = fill(config, capacity, params, tokens, lengths)
+        cache, logits = fill(config, capacity, params, tokens, lengths)
     else:
-        prefilled, logits = fill_tiered(
+        cache, logits = fill_tiered(
             config, policy.form, capacity, params, tokens, lengths, originals=mode == "certified"
         )
-    return begin(config, mode, policy, sampling, max_steps, Telemetry, prefilled, logits, key)
+    return begin(config, mode, sampling, max_steps, Telemetry, cache, logits, key)
 
 
 def step(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,9 @@ from jax import lax
 from certjax import host
 from certjax.errors import InvalidArgumentError
 from pallas_kernels import numerics as num
+
+if TYPE_CHECKING:
+    from certjax.models.llama.config import LlamaConfig
 
 
 @struct.dataclass
@@ -37,6 +40,15 @@ class DenseKVCache:
         """An empty cache with room for `max_length` tokens per sequence."""
         shape = (n_layers, batch, n_kv_heads, max_length, head_dim)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+
+    @classmethod
+    def empty(
+        cls, config: LlamaConfig, batch: int, max_length: int, *, n_layers: int | None = None
+    ) -> DenseKVCache:
+        """The same for a model, of all its layers unless given."""
+        n_layers = config.n_layers if n_layers is None else n_layers
+        dtype = jnp.dtype(config.kv_dtype)
+        return cls.zeros(n_layers, batch, config.n_kv_heads, max_length, config.head_dim, dtype)
 
     @property
     def max_length(self) -> int:

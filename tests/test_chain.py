@@ -158,20 +158,23 @@ def test_plans_of_several_chunks_of_tiles_are_their_twins_plans():
     np.testing.assert_allclose(found[0][4], found[1][4], rtol=0, atol=1e-3 * np.abs(found[1][4]).max())
 
 
-def test_queries_are_prepared_to_the_bit():
+def prepared(cache, q, **token):
     from pallas_kernels.prepare.triton import prepare_queries
 
+    common = ops.shared(cache)
+    return prepare_queries(
+        q, ops.by_head(cache.stats.key_centre), common.largest, ops.rotation_matrix(q.shape[-1]), jnp.array([1]),
+        (common.words, common.counts, common.summary), vanished=ops.VANISHED, room=ops.ROOM,
+        tensor_unit=ops.TENSOR_UNIT, **token,
+    )  # fmt: skip
+
+
+def test_queries_are_prepared_to_the_bit():
     cache, q = problem(128)
     common = ops.shared(cache)
     layer = ops.layer_of(cache, jnp.int32(1), common)
     want = jax.jit(ops.prepare)(q.reshape(B * H, -1, 128), layer)
-    got, facts, plan, arrived, _ = jax.jit(
-        lambda q: prepare_queries(
-            q, ops.by_head(cache.stats.key_centre), common.largest, ops.rotation_matrix(128), layer.index,
-            (common.words, common.counts, common.summary),
-            vanished=ops.VANISHED, room=ops.ROOM, tensor_unit=ops.TENSOR_UNIT,
-        )
-    )(q.reshape(B * H, -1, 128))  # fmt: skip
+    got, facts, plan, arrived, _ = jax.jit(functools.partial(prepared, cache))(q.reshape(B * H, -1, 128))
     assert (arrived == 0).all()
     jax.tree.map(np.testing.assert_array_equal, plan, [layer.words, layer.counts, layer.summary])
     apart = np.abs(f64(qr.value(qr.Fixed(got.parts, want.kernel.numbers[:, 0] * 0 + 1, None)))
@@ -221,15 +224,7 @@ def by_itself(cache, k, v):
 
 
 def with_the_queries(cache, k, v):
-    from pallas_kernels.prepare.triton import prepare_queries
-
-    common, q = ops.shared(cache), jnp.ones((B * H, GROUPS[64], 64))
-    *_, windows = prepare_queries(
-        q, ops.by_head(cache.stats.key_centre), common.largest, ops.rotation_matrix(64), jnp.array([1]),
-        (common.words, common.counts, common.summary), vanished=ops.VANISHED, room=ops.ROOM,
-        tensor_unit=ops.TENSOR_UNIT, token=token_of(cache, k, v),
-    )  # fmt: skip
-    return windows
+    return prepared(cache, jnp.ones((B * H, GROUPS[64], 64)), token=token_of(cache, k, v))[-1]
 
 
 @pytest.mark.parametrize("append", [by_itself, with_the_queries])

@@ -66,10 +66,7 @@ def tiered_cache(
 
 def dense_cache(config: LlamaConfig, n: int, batch: int) -> DenseKVCache:
     """`n` tokens of zeros: dense attention takes as long whatever it reads."""
-    empty = DenseKVCache.zeros(
-        config.n_layers, batch, config.n_kv_heads, n + LOOPS * STEPS, config.head_dim, jnp.dtype(config.kv_dtype)
-    )
-    return empty.advance(n)
+    return DenseKVCache.empty(config, batch, n + LOOPS * STEPS).advance(n)
 
 
 def _nothing(q, k, v, cache, layer, project):

@@ -13,38 +13,26 @@ from pallas_kernels.launch import launch
 
 @triton.jit
 def append_token(
-    h, k, v, length, layer, ring_keys_out, ring_values_out, sink_keys_out, sink_values_out,
-    WINDOW_HEADS: tl.constexpr, HEADS: tl.constexpr, RING: tl.constexpr, SINK: tl.constexpr, SIZE: tl.constexpr,
-    CHANNELS: tl.constexpr, CAPACITY: tl.constexpr,
-):  # fmt: skip
-    h, at = h.to(tl.int64), tl.load(layer).to(tl.int64)  # windows may have more than 2^31 elements
-    position = tl.load(length + h // HEADS) - 1
-    row, channel = tl.arange(0, SIZE)[:, None], tl.arange(0, CHANNELS)[None]
-    token_k, token_v = tl.load(k + h * CHANNELS + channel), tl.load(v + h * CHANNELS + channel)
-    offset, slot = position % SIZE, position // SIZE % (RING // SIZE) * SIZE
-    # Opening a block clears what the ring held there, so that the array depends on the tokens only.
-    fresh, there = row == offset, ((at * WINDOW_HEADS + h) * RING + slot + row) * CHANNELS + channel
-    stored = fresh | (row >= tl.where(offset == 0, 0, SIZE))
-    stored &= channel < tl.where(position < CAPACITY, CHANNELS, 0)
-    tl.store(ring_keys_out + there, tl.where(fresh, token_k, 0.0).to(k.dtype.element_ty), mask=stored)
-    tl.store(ring_values_out + there, tl.where(fresh, token_v, 0.0).to(k.dtype.element_ty), mask=stored)
-    there = ((at * WINDOW_HEADS + h) * SINK + position) * CHANNELS + channel
-    stored = channel < tl.where(position < SINK, CHANNELS, 0)
-    tl.store(sink_keys_out + there, token_k, mask=stored)
-    tl.store(sink_values_out + there, token_v, mask=stored)
-
-
-@triton.jit
-def _append(
     k, v, length, layer, ring_keys, ring_values, sink_keys, sink_values,  # inputs
     ring_keys_out, ring_values_out, sink_keys_out, sink_values_out,  # outputs, in the same memory
-    WINDOW_HEADS: tl.constexpr, HEADS: tl.constexpr, RING: tl.constexpr, SINK: tl.constexpr, SIZE: tl.constexpr,
-    CHANNELS: tl.constexpr, CAPACITY: tl.constexpr,
+    H: tl.constexpr, HEADS: tl.constexpr, RING: tl.constexpr, SINK: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr,
+    CAPACITY: tl.constexpr,
 ):  # fmt: skip
-    append_token(
-        tl.program_id(0), k, v, length, layer, ring_keys_out, ring_values_out, sink_keys_out, sink_values_out,
-        WINDOW_HEADS, HEADS, RING, SINK, SIZE, CHANNELS, CAPACITY,
-    )  # fmt: skip
+    h, at = tl.program_id(0).to(tl.int64), tl.load(layer).to(tl.int64)  # windows may have more than 2^31 elements
+    position = tl.load(length + h // HEADS) - 1
+    row, channel = tl.arange(0, SIZE)[:, None], tl.arange(0, D)[None]
+    token_k, token_v = tl.load(k + h * D + channel), tl.load(v + h * D + channel)
+    offset, slot = position % SIZE, position // SIZE % (RING // SIZE) * SIZE
+    # Opening a block clears what the ring held there, so that the array depends on the tokens only.
+    fresh, there = row == offset, ((at * H + h) * RING + slot + row) * D + channel
+    stored = fresh | (row >= tl.where(offset == 0, 0, SIZE))
+    stored &= channel < tl.where(position < CAPACITY, D, 0)
+    tl.store(ring_keys_out + there, tl.where(fresh, token_k, 0.0).to(k.dtype.element_ty), mask=stored)
+    tl.store(ring_values_out + there, tl.where(fresh, token_v, 0.0).to(k.dtype.element_ty), mask=stored)
+    there = ((at * H + h) * SINK + position) * D + channel
+    stored = channel < tl.where(position < SINK, D, 0)
+    tl.store(sink_keys_out + there, token_k, mask=stored)
+    tl.store(sink_values_out + there, token_v, mask=stored)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,17 +53,16 @@ class Append:
 
     @property
     def constants(self) -> dict[str, int]:
-        """What `append_token` ends with."""
-        _, batch, heads, ring, d = self.windows[0].shape
-        return dict(
-            WINDOW_HEADS=batch * heads, HEADS=heads, RING=ring, SINK=self.windows[2].shape[3], SIZE=self.size,
-            CHANNELS=d, CAPACITY=self.capacity,
-        )  # fmt: skip
+        """Of `append_token`, but for H and D."""
+        heads, ring = self.windows[0].shape[2:4]
+        sink = self.windows[2].shape[3]
+        return dict(HEADS=heads, RING=ring, SINK=sink, SIZE=self.size, CAPACITY=self.capacity)
 
 
 def append_to_windows(token: Append, layer: jax.Array) -> list[jax.Array]:
     """The windows with the token at position `length - 1` in them. `layer`: [1] int32."""
+    batch, heads, d = token.k.shape
     return launch(
-        _append, token.k, token.v, token.length, layer, *token.windows, out=token.shapes,
-        grid=(token.constants["WINDOW_HEADS"],), in_place={4: 0, 5: 1, 6: 2, 7: 3}, **token.constants,
+        append_token, token.k, token.v, token.length, layer, *token.windows, out=token.shapes, grid=(batch * heads,),
+        in_place={4: 0, 5: 1, 6: 2, 7: 3}, H=batch * heads, D=d, **token.constants,
     )  # fmt: skip

@@ -117,12 +117,11 @@ def attend_chosen_originals(
     acc_ref, sums_ref = found_refs
 
     def attend(flags, numbers, order, out, sums, barrier, *rest):
-        all_queries, keys, values, weights = rest
+        queries, keys, values, weights = rest
         d, columns = out.shape
         plgpu.copy_gmem_to_smem(flags_ref.at[h], flags, barrier)
-        load_exact_queries(h, q_ref, numbers_ref, all_queries, numbers, barrier)
+        load_exact_queries(h, q_ref, numbers_ref, queries, numbers, barrier)
         plgpu.barrier_wait(barrier)
-        queries = mg.parts_of(all_queries)
         count = mg.list_chosen(flags, lambda flag: flag == 1, order, part // sharing, parts // sharing)
         unit = mg.over_rows(numbers[UNIT_EXACT], HALF)
         shift = jnp.zeros((HALF, columns), jnp.float32) if alone else mg.over_rows(numbers[SHIFT_EXACT], HALF)
@@ -134,7 +133,7 @@ def attend_chosen_originals(
             plgpu.commit_smem()  # a barrier: no warp reads the tile before any more
             load_from_host((k_ref.at[layer, h, here], v_ref.at[layer, h, here]), (keys, values))
             return attend_original_tile(
-                length - start, queries, unit, shift, keys, values, weights, carry, interpret
+                length - start, mg.parts_of(queries), unit, shift, keys, values, weights, carry, interpret
             )
 
         carry = lax.fori_loop(0, count * 2 // sharing, visit, nothing(d, columns))

@@ -46,7 +46,7 @@ def _store_row(target, row, x, N: tl.constexpr):
 
 
 @triton.jit
-def _prepare_head(
+def _prepare(
     q, key_centre, largest_of_head, turn, layer, all_words, all_counts, all_summary,  # inputs
     parts, wide, numbers, facts, words, counts, summary, arrived,  # outputs
     H: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROOT: tl.constexpr,
@@ -133,21 +133,6 @@ def _prepare_head(
 
 
 @triton.jit
-def _prepare(
-    q, key_centre, largest_of_head, turn, layer, all_words, all_counts, all_summary,  # inputs
-    parts, wide, numbers, facts, words, counts, summary, arrived,  # outputs
-    H: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROOT: tl.constexpr,
-    VANISHED: tl.constexpr, ROOM: tl.constexpr, TENSOR_UNIT: tl.constexpr, GAMMA: tl.constexpr,
-    FLAGS: tl.constexpr, BLOCKS: tl.constexpr, COUNTS: tl.constexpr,
-):  # fmt: skip
-    _prepare_head(
-        q, key_centre, largest_of_head, turn, layer, all_words, all_counts, all_summary, parts, wide, numbers, facts,
-        words, counts, summary, arrived, H, GROUP, G, D, ROOT, VANISHED, ROOM, TENSOR_UNIT, GAMMA, FLAGS, BLOCKS,
-        COUNTS,
-    )  # fmt: skip
-
-
-@triton.jit
 def _prepare_and_append(
     q, key_centre, largest_of_head, turn, layer, all_words, all_counts, all_summary,  # inputs
     k, v, length, ring_keys, ring_values, sink_keys, sink_values,
@@ -155,21 +140,20 @@ def _prepare_and_append(
     ring_keys_out, ring_values_out, sink_keys_out, sink_values_out,
     H: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROOT: tl.constexpr,
     VANISHED: tl.constexpr, ROOM: tl.constexpr, TENSOR_UNIT: tl.constexpr, GAMMA: tl.constexpr,
-    FLAGS: tl.constexpr, BLOCKS: tl.constexpr, COUNTS: tl.constexpr, WINDOW_HEADS: tl.constexpr,
-    HEADS: tl.constexpr, RING: tl.constexpr, SINK: tl.constexpr, SIZE: tl.constexpr, CHANNELS: tl.constexpr,
-    CAPACITY: tl.constexpr,
+    FLAGS: tl.constexpr, BLOCKS: tl.constexpr, COUNTS: tl.constexpr, HEADS: tl.constexpr,
+    RING: tl.constexpr, SINK: tl.constexpr, SIZE: tl.constexpr, CAPACITY: tl.constexpr,
 ):  # fmt: skip
     """In one kernel: of two, the one that is begun a moment later takes 4 us longer."""
     if tl.program_id(1) == 0:
-        _prepare_head(
+        _prepare(
             q, key_centre, largest_of_head, turn, layer, all_words, all_counts, all_summary, parts, wide, numbers,
             facts, words, counts, summary, arrived, H, GROUP, G, D, ROOT, VANISHED, ROOM, TENSOR_UNIT, GAMMA, FLAGS,
             BLOCKS, COUNTS,
         )  # fmt: skip
     else:
         append_token(
-            tl.program_id(0), k, v, length, layer, ring_keys_out, ring_values_out, sink_keys_out, sink_values_out,
-            WINDOW_HEADS, HEADS, RING, SINK, SIZE, CHANNELS, CAPACITY,
+            k, v, length, layer, ring_keys, ring_values, sink_keys, sink_values, ring_keys_out, ring_values_out,
+            sink_keys_out, sink_values_out, H, HEADS, RING, SINK, SIZE, D, CAPACITY,
         )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from certjax.eval import engine
 from certjax.eval.modes import EvalMode, parse_mode
 from certjax.eval.tally import Tally, step_bounds, summaries
 from certjax.models.llama.config import LlamaConfig
+from certjax.plugs import make_cache
 from certjax.sampling import Sampling
 from tests.eval import tiny_model
 from tests.eval.tiny_model import BUDGET, CONFIG, CONTEXT, NAIVE
@@ -140,7 +141,10 @@ def test_dense_answers_are_what_generate_says(model, prefilled):
 def test_answers_summarize_the_certificates_of_their_steps(model, prefilled):
     policy, n = parse_mode(PAPER).policy, NEW - 1
     way = (CONFIG, "certified", policy, Sampling())
-    state = decode.begin(*way, n, decode.Telemetry, prefilled.cache, prefilled.logits, jax.random.key(0))
+    cache = jax.jit(make_cache, static_argnums=(0, 1))("certified", policy, prefilled.cache)
+    state = decode.begin(
+        CONFIG, "certified", Sampling(), n, decode.Telemetry, cache, prefilled.logits, jax.random.key(0)
+    )
     state = decode.run(*way, model.params, state, jnp.int32(NEW))
     found = answers(model, PAPER, prefilled)
     assert [of.tokens for of in found] == state.tokens.tolist()

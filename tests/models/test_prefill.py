@@ -156,9 +156,7 @@ def test_what_prefill_made_is_what_decoding_begins_with(mode):
         prefilled, logits = programs.fill(config, 256, params, tokens, jnp.array([200]))
     else:
         prefilled, logits = programs.fill_tiered(config, policy.form, 256, params, tokens, jnp.array([200]))
-    state = programs.begin(
-        config, mode, policy, Sampling(), 4, programs.Telemetry, prefilled, logits, jax.random.key(0)
-    )
+    state = programs.begin(config, mode, Sampling(), 4, programs.Telemetry, prefilled, logits, jax.random.key(0))
     assert state.cache is prefilled
 
 
@@ -205,7 +203,7 @@ def test_memory_does_not_grow_with_the_square_of_the_context_nor_hold_a_second_c
         .compile()
     )
     hidden = n * config.d_model * 4
-    assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * hidden + cache.nbytes() / config.n_layers
+    assert compiled.memory_analysis().temp_size_in_bytes < hidden + cache.nbytes() / config.n_layers
 
 
 def test_two_prompts_of_one_bucket_share_one_trace():

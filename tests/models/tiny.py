@@ -36,9 +36,7 @@ def tokens(config: LlamaConfig, *shape: int, seed: int = 0) -> jax.Array:
 
 
 def empty_cache(config: LlamaConfig, batch: int, max_length: int, fill: float = 0.0) -> DenseKVCache:
-    cache = DenseKVCache.zeros(
-        config.n_layers, batch, config.n_kv_heads, max_length, config.head_dim, config.kv_dtype
-    )
+    cache = DenseKVCache.empty(config, batch, max_length)
     return cache.replace(keys=cache.keys + fill, values=cache.values + fill)
 
 
