@@ -82,7 +82,7 @@ class Policy:
         Every block's fingerprint (P1) is verified once in `scrub` steps; 1 is every step, 0 is never. (In a decode loop
         on fused kernels: of one layer a step, each layer in turn.)
     backend
-        "auto" (see `certjax.pick_backend`), or "xla", "mosaic_gpu", "reference" (the kernels' `jnp` twins).
+        "auto" (see `certjax.pick_backend`), or "xla", "mosaic_gpu", "triton", "reference" (the kernels' `jnp` twins).
     """
 
     kind: Literal["paper", "budget", "observe"]
@@ -120,7 +120,7 @@ class Policy:
     exploration: float = 0.0
     seed: int = 0
     scrub: int = 16
-    backend: Literal["auto", "xla", "mosaic_gpu", "reference"] = "auto"
+    backend: Literal["auto", "xla", "mosaic_gpu", "triton", "reference"] = "auto"
 
     @classmethod
     def paper(cls, **overrides) -> Policy:
@@ -209,8 +209,8 @@ class Policy:
             self.exploration == 0 or self.canary, "exploration feeds the canary; set canary=True to use it."
         )
         _require(
-            self.backend in ("auto", "xla", "mosaic_gpu", "reference"),
-            f"backend must be 'auto', 'xla', 'mosaic_gpu' or 'reference', got {self.backend!r}.",
+            self.backend in ("auto", "xla", "mosaic_gpu", "triton", "reference"),
+            f"backend must be 'auto', 'xla', 'mosaic_gpu', 'triton' or 'reference', got {self.backend!r}.",
         )
         _require(self.scrub >= 0, f"scrub must be non-negative, got {self.scrub}.")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from certjax.fused.dispatch import pick_backend
+from certjax.fused.dispatch import COMPILED, pick_backend
 
 OPTIONS = {
     "xla_gpu_enable_triton_gemm": False,
@@ -52,7 +52,7 @@ def jitted(f: Callable, **options: Any) -> Callable:
     def program(*arguments: Any) -> Callable:
         of = signature.bind(*arguments).arguments
         cache = of["state"].cache if "state" in of else of["cache"]
-        in_kernels = of["mode"] != "dense" and pick_backend(of["policy"], cache, of["config"].n_heads) == "mosaic_gpu"
+        in_kernels = of["mode"] != "dense" and pick_backend(of["policy"], cache, of["config"].n_heads) in COMPILED
         return of_kernels() if in_kernels else plain
 
     @functools.wraps(f)

@@ -43,8 +43,13 @@ def power_of_two(k):
 
 @triton.jit
 def rounded(x):
-    """To 8 bits: exact as an operand of `product`."""
-    return x.to(tl.bfloat16).to(tl.float32)
+    """To 8 bits: exact as an operand of `product`. (Triton's interpreter cuts off.)"""
+    if INTERPRETED:
+        bits = x.to(tl.int32, bitcast=True)
+        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+        return tl.where(tl.abs(x) < float("inf"), nearest, x)
+    else:
+        return x.to(tl.bfloat16).to(tl.float32)
 
 
 @triton.jit

@@ -90,3 +90,30 @@ def mosaic_kernels(n_heads: int) -> Kernels:
         scan_and_fine=functools.partial(scan_and_fine, splits=scan, refiners=few, readers=FEW_READERS),
         uneven=MOST_AHEAD,
     )
+
+
+def triton_kernels(n_heads: int, processors: int = PROCESSORS) -> Kernels:
+    """Triton, for GPUs whose matrix units Mosaic's kernels do not know. `processors`: of the device."""
+    from pallas_kernels.coarse.triton import attend_coarse
+    from pallas_kernels.fine.triton import attend_fine
+    from pallas_kernels.originals.triton import attend_originals
+    from pallas_kernels.scan.triton import scan_tiles
+
+    def programs(at_once: float, others: int = 0) -> int:
+        """Of a head, where so many run on a processor at once."""
+        return max(1, min(64, int(at_once * processors) // n_heads - others))
+
+    scan, coarse, fine = programs(4, WINDOWS), programs(1), programs(2)
+    few, originals = min(fine, FEW_REFINERS), programs(2)
+    return Kernels(
+        "triton",
+        scan=functools.partial(scan_tiles, splits=scan),
+        coarse=functools.partial(attend_coarse, splits=coarse),
+        fine=functools.partial(attend_fine, splits=fine, readers=READERS),
+        fine_again=functools.partial(attend_fine, splits=few, readers=FEW_READERS),
+        originals=functools.partial(attend_originals, splits=originals),
+        splits=max(scan, coarse) + fine,
+        fewest=min(scan, coarse, few),
+        fewest_dense=originals,
+        chained=True,
+    )

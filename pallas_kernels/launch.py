@@ -15,13 +15,12 @@ from typing import Any
 import jax
 import numpy as np
 
-CAPABILITY = 90
-"""Hopper: where the chain of kernels runs that these are a part of."""
-
 TARGET = "__gpu$xla.gpu.triton"
 """XLA's name for a call of a kernel in Triton's intermediate language."""
 
-TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "int32": "*i32", "int8": "*i8", "bool": "*i1"}
+TYPES = {
+    "float32": "*fp32", "bfloat16": "*bf16", "int32": "*i32", "int8": "*i8", "uint8": "*u8", "bool": "*i1",
+}  # fmt: skip
 
 
 ONE_AT_A_TIME = threading.Lock()
@@ -47,6 +46,12 @@ def launch(
     )  # fmt: skip
 
 
+def capability() -> int:
+    """Of the GPU, 80 for Ampere; without one that of Hopper, for what is compiled ahead of time."""
+    of_device = getattr(jax.devices()[0], "compute_capability", None)
+    return 90 if of_device is None else int(of_device.replace(".", ""))
+
+
 @functools.cache
 def _translated(kernel, pointers: tuple[str, ...], constants: tuple[tuple[str, Any], ...], warps: int) -> str:
     """Triton's intermediate language for a kernel that takes these pointers, then constants."""
@@ -59,7 +64,7 @@ def _translated(kernel, pointers: tuple[str, ...], constants: tuple[tuple[str, A
     signature = dict(zip(names[:n], pointers, strict=True)) | {name: "constexpr" for name, _ in constants}
     values = {(names.index(name),): value for name, value in constants}
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(n)}
-    target = GPUTarget("cuda", CAPABILITY, 32)
+    target = GPUTarget("cuda", capability(), 32)
     backend = CUDABackend(target)
     options = backend.parse_options({"num_warps": warps})
     context = ir.context()
@@ -68,7 +73,7 @@ def _translated(kernel, pointers: tuple[str, ...], constants: tuple[tuple[str, A
     module = ASTSource(kernel, signature, values, aligned).make_ir(
         target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context
     )
-    return backend.make_ttir(module, {}, options, CAPABILITY).str_nodebug()
+    return backend.make_ttir(module, {}, options, target.arch).str_nodebug()
 
 
 def _interpret(kernel, *arrays, out, grid, in_place, constants):
@@ -77,10 +82,25 @@ def _interpret(kernel, *arrays, out, grid, in_place, constants):
     for i, o in in_place.items():
         results[o].array[...] = arrays[i]
     tensors = [_Tensor(np.array(x)) for x in arrays]
+    _let_loops_have_loaded_bounds()
     with ONE_AT_A_TIME:
         kernel[grid](*tensors, *results, **constants)
     found = [x.array for x in results]
     return found if several else found[0]
+
+
+@functools.cache
+def _let_loops_have_loaded_bounds() -> None:
+    """To Triton's interpreter every number is an array of one, of which newer versions of NumPy make no `int`."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
 
 
 def _anything(x: jax.ShapeDtypeStruct) -> np.ndarray:

@@ -21,6 +21,9 @@ scan's weights included."""
 
 TILE = 128
 
+PARTS_OF_A_WINDOW = 4
+"""Most parts that a program reads a tile of the windows in: each may raise the largest score it has seen."""
+
 PIECE_BYTES = 4096
 """Of a piece's keys, and of its values, in bfloat16: what is read from the host at once."""
 

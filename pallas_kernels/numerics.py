@@ -25,8 +25,12 @@ MAX_HEAD_DIM = 512
 NORM_SLACK = 1.0 + 2.0**-15
 """Covers the rounding of a float32 Euclidean norm of up to MAX_HEAD_DIM terms."""
 
-UNDERFLOW = 2.0**-123
 LARGEST_STEP, LARGEST_RHO = 64.0, 1024.0  # above these, sums of weights times scales are not used (docs/kernels.md)
+
+PRODUCTS = 8
+"""That a matrix unit adds up before it rounds, at least: 8 on Ampere and Ada, 16 on Hopper (docs/kernels.md, A5)."""
+
+UNDERFLOW = 2.0**-123
 """Allowance per token for softmax weights and products flushed to zero, before the growth by e^Delta that
 the exact weight may have over the computed one (docs/bounds.md, section 5): 8 times the normal range's edge."""
 

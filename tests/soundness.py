@@ -150,11 +150,14 @@ def run(
     return totals
 
 
-def interpret_chain() -> None:
+def interpret_chain(all_in_triton: bool) -> None:
     """Let fused policies run by the chain's kernels in place of twins: those between the big steps in Triton's
-    interpreter, and all that a plan asks for in Mosaic's, where this JAX has one."""
+    interpreter, and all that a plan asks for in Mosaic's, where this JAX has one; or all in Triton's."""
     import tests.conftest  # noqa: F401, tells Triton to interpret
 
+    if all_in_triton:
+        dispatch.reference_kernels = functools.partial(dispatch.triton_kernels, n_heads=4, processors=8)
+        return
     plain, more, interpreter = dispatch.reference_kernels, {}, of_mosaic()
     if interpreter is None:
         print("Mosaic's kernels: their twins, as this JAX cannot interpret them.")
@@ -185,11 +188,18 @@ def main() -> None:
     parser.add_argument(
         "--chain", action="store_true", help="without a GPU: fused policies by the chain's kernels, interpreted"
     )
+    parser.add_argument(
+        "--triton", action="store_true", help="the big steps in Triton, too, as on GPUs other than Hopper's"
+    )
     args = parser.parse_args()
     if args.chain:
         if jax.default_backend() == "gpu":
             parser.error("--chain is for machines without a GPU; this one's runs the compiled kernels, leave it out.")
-        interpret_chain()
+        interpret_chain(args.triton)
+    elif args.triton:
+        for name, policy in adv.POLICIES.items():
+            if policy.backend == "mosaic_gpu":
+                adv.POLICIES[name] = dataclasses.replace(policy, backend="triton")
     names = args.policies.split(",")
     if unknown := [name for name in names if name not in adv.POLICIES]:
         parser.error(f"--policies: unknown {', '.join(unknown)}; choose from {', '.join(adv.POLICIES)}.")

@@ -87,10 +87,39 @@ def test_back_end_that_does_not_cover_the_policy_is_refused(policy, words):
         pick_backend(policy, cache, H * G)
 
 
-@pytest.mark.skipif(jax.devices()[0].platform == "gpu", reason="the message of a machine without a GPU")
-def test_kernels_are_refused_without_their_device():
-    with pytest.raises(InvalidArgumentError, match="the device is a cpu"):
-        pick_backend(dataclasses.replace(POLICY, backend="mosaic_gpu"), cache_of(), H * G)
+@pytest.mark.parametrize("device, kernels, words", [
+    (("cpu", ""), "mosaic_gpu", "the device is a cpu"),
+    (("cpu", ""), "triton", "the device is a cpu"),
+    (("gpu", "8.0"), "mosaic_gpu", r"capability 8.0, the kernels on Mosaic need 9.0"),
+    (("gpu", "12.0"), "mosaic_gpu", r"capability 12.0, the kernels on Mosaic need 9.0"),
+    (("gpu", "7.5"), "triton", r"capability 7.5, the kernels need 8.0"),
+])  # fmt: skip
+def test_kernels_are_refused_without_their_device(monkeypatch, device, kernels, words):
+    monkeypatch.setattr("certjax.fused.dispatch._device", lambda: device)
+    with pytest.raises(InvalidArgumentError, match=words):
+        pick_backend(dataclasses.replace(POLICY, backend=kernels), cache_of(), H * G)
+
+
+@pytest.mark.parametrize("device, kernels, words", [
+    (("cpu", ""), "xla", "the device is a cpu"),
+    (("gpu", "7.5"), "xla", "capability 7.5"),
+    (("gpu", "8.0"), "triton", "capability 8.0"),
+    (("gpu", "8.9"), "triton", "capability 8.9"),
+    (("gpu", "9.0"), "mosaic_gpu", "capability 9.0"),
+    (("gpu", "12.0"), "triton", "capability 12.0"),
+])  # fmt: skip
+def test_the_device_decides_on_the_kernels(monkeypatch, device, kernels, words):
+    pytest.importorskip("triton")
+    monkeypatch.setattr("certjax.fused.dispatch._device", lambda: device)
+    choice, reason = pick_backend(dataclasses.replace(POLICY, backend="auto"), cache_of(), H * G, explain=True)
+    assert choice == kernels and words in reason
+
+
+def test_without_triton_there_are_no_kernels_for_an_ampere_gpu(monkeypatch):
+    monkeypatch.setattr("certjax.fused.dispatch._device", lambda: ("gpu", "8.0"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    choice, reason = pick_backend(dataclasses.replace(POLICY, backend="auto"), cache_of(), H * G, explain=True)
+    assert choice == "xla" and "pip install certjax[gpu]" in reason
 
 
 def test_unknown_back_end_is_refused():
@@ -334,7 +363,7 @@ def test_decoding_carries_its_plans():
 @pytest.mark.parametrize("kind", ["budget", "observe"])
 def test_a_step_traces_as_on_a_hopper_gpu(monkeypatch, batch, dtype, param_dtype, kind):
     """Whatever projects the output, in kernels or not, hands the model what it goes on with."""
-    monkeypatch.setattr("certjax.fused.dispatch._device_obstacle", lambda: None)
+    monkeypatch.setattr("certjax.fused.dispatch._device", lambda: ("gpu", "9.0"))
     policy = Policy.budget(0.05, block_size=128) if kind == "budget" else Policy.observe(block_size=128)
     config = dataclasses.replace(small_model().config, dtype=dtype)
     keys = jnp.zeros((2, batch, 2, 512, 64), jnp.bfloat16)

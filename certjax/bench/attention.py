@@ -14,7 +14,7 @@ from certjax.attention import certified_layer, common_to_layers, naive_layer
 from certjax.bench import timing, workloads
 from certjax.cache import TieredKVCache
 from certjax.certificate import Certificate
-from certjax.fused.dispatch import pick_backend
+from certjax.fused.dispatch import COMPILED, pick_backend
 from certjax.policy import Policy
 from certjax.programs import accepted
 from pallas_kernels.levels import COARSE
@@ -137,7 +137,7 @@ def time_certified(
     _, (record, plan) = jax.jit(certified)(q, cache, common)
     record = jax.device_get(Certificate.unpacked(record[None]))
     best = min(x["p50"] for x in baseline.values())
-    options = accepted() if backend == "mosaic_gpu" else None  # as a decode step is compiled
+    options = accepted() if backend in COMPILED else None  # as a decode step is compiled
     times = {
         "certified": timing.quantiles(timing.per_call(certified, q, cache, common, loops=loops, options=options)),
         "naive": timing.quantiles(timing.per_call(naive, q, cache, of_naive, loops=loops, options=options)),

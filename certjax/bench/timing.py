@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,13 +12,16 @@ import jax
 import numpy as np
 from jax import lax
 
+SHORTEST = 20e3
+"""Microseconds that a figure is measured for."""
+
 
 def per_call(
     f: Callable[..., Any], q: jax.Array, *arguments: Any, calls: int = 20, loops: int = 9,
     options: dict[str, Any] | None = None,
 ) -> np.ndarray:  # fmt: skip
-    """Microseconds a call of `f(q, *arguments)`, one figure a loop of `calls`: sorted. `f` may return a record beside
-    its output, which is stored. `options`: of XLA.
+    """Microseconds a call of `f(q, *arguments)` in a loop of `calls`, as `of_loop` has them. `f` may return a record
+    beside its output, which is stored. `options`: of XLA.
 
     Every call depends on the one before. The loop's own overhead, 15 to 20 us an iteration on an H100, is included; it
     is the same for everything measured with this function.
@@ -32,13 +36,26 @@ def per_call(
 
         return lax.scan(body, q, None, length=calls)
 
-    jax.block_until_ready(many(q, *arguments))
-    figures = []
-    for _ in range(loops):
+    return of_loop(many, q, *arguments, calls=calls, loops=loops)
+
+
+def of_loop(many: Callable[..., Any], *arguments: Any, calls: int, loops: int) -> np.ndarray:
+    """Microseconds a call, sorted, of `many(*arguments)`, which makes `calls` calls: `loops` figures.
+
+    For each figure it runs so often, one behind the other, that a moment in which the host does something else counts
+    for little: at least `SHORTEST` microseconds in all.
+    """
+
+    def took(times: int) -> float:
         began = time.perf_counter()
-        jax.block_until_ready(many(q, *arguments))
-        figures.append((time.perf_counter() - began) * 1e6 / calls)
-    return np.sort(figures)
+        for _ in range(times):
+            found = many(*arguments)
+        jax.block_until_ready(found)
+        return (time.perf_counter() - began) * 1e6
+
+    took(1)
+    times = math.ceil(SHORTEST / took(1))
+    return np.sort([took(times) / (times * calls) for _ in range(loops)])
 
 
 def quantiles(figures: np.ndarray) -> dict[str, float]:

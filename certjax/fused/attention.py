@@ -227,8 +227,8 @@ class _Step:
         return bd.judge(found, self.queries, self.layer, self.reads(plan), self.additions)
 
     def reads(self, plan: Plan) -> jax.Array:
-        """No fewer originals than a program read, windows or pieces: [H, 1]."""
-        return lv.n_pieces(plan.summary)[:, None] + 1
+        """No fewer parts of originals than a program read, of windows or pieces: [H, 1]."""
+        return lv.n_pieces(plan.summary)[:, None] + lv.PARTS_OF_A_WINDOW
 
     @property
     def additions(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import jax
 
 from certjax.cache import TieredKVCache
@@ -9,22 +11,31 @@ from certjax.codecs.planes import Planes
 from certjax.errors import InvalidArgumentError
 from certjax.fused.operands import TILE
 from certjax.policy import Policy
-from pallas_kernels.dispatch import Kernels, mosaic_kernels, reference_kernels
+from pallas_kernels.dispatch import PROCESSORS, Kernels, mosaic_kernels, reference_kernels, triton_kernels
 from pallas_kernels.query import MAX_GROUP
 
-FUSED = ("mosaic_gpu", "reference")
+COMPILED = ("mosaic_gpu", "triton")
+"""Back ends whose big steps are kernels for a GPU."""
+
+FUSED = (*COMPILED, "reference")
 """Back ends that run `certjax.fused`; "xla" is everything else, on any device."""
+
+AMPERE, HOPPER = 8, 9
+"""Major compute capabilities: the kernels need int8 and bfloat16 products, and those on Mosaic the matrix instructions
+that Hopper has and no other."""
 
 
 def pick_backend(
     policy: Policy, cache: TieredKVCache, n_query_heads: int, *, explain: bool = False
 ) -> str | tuple[str, str]:
-    """The back end for a cache: "mosaic_gpu" on Hopper GPUs where the kernels cover the policy, else "xla".
+    """The back end for a cache: where the kernels cover the policy "mosaic_gpu" on Hopper GPUs and "triton" on others
+    from Ampere on, else "xla".
 
     Parameters
     ----------
     policy
-        `policy.backend` overrides the choice: "xla", "mosaic_gpu", or "reference" for the kernels' `jnp` twins.
+        `policy.backend` overrides the choice: "xla", "mosaic_gpu", "triton", or "reference" for the kernels' `jnp`
+        twins.
     cache
         Of one layer or stacked; concrete, traced, or of `ShapeDtypeStruct`.
     n_query_heads
@@ -38,10 +49,11 @@ def pick_backend(
         If `policy.backend` asks for kernels that do not cover the policy, the cache or the device.
     """
     obstacles = _obstacles(policy, cache, n_query_heads)
-    device = _device_obstacle()
     wanted = policy.backend
+    kernels = wanted if wanted in COMPILED else "mosaic_gpu" if _is_hopper(_device()[1]) else "triton"
+    device = _device_obstacle(kernels)
     if wanted in FUSED:
-        against = obstacles + ([device] if wanted == "mosaic_gpu" and device else [])
+        against = obstacles + ([device] if wanted in COMPILED and device else [])
         if against:
             raise InvalidArgumentError(f"backend={wanted!r} cannot be used: {'; '.join(against)}.")
         choice = wanted, "asked for by policy.backend"
@@ -50,12 +62,14 @@ def pick_backend(
     elif device or obstacles:
         choice = "xla", "; ".join(([device] if device else []) + obstacles)
     else:
-        choice = "mosaic_gpu", "a Hopper GPU, and the kernels cover the policy"
+        choice = kernels, f"a GPU of compute capability {_device()[1]}, and the kernels cover the policy"
     return choice if explain else choice[0]
 
 
 def kernels_of(backend: str, n_heads: int) -> Kernels:
     """The kernels of a fused back end, for `n_heads` KV heads of all sequences together."""
+    if backend == "triton":
+        return triton_kernels(n_heads, getattr(jax.devices()[0], "core_count", PROCESSORS))
     return mosaic_kernels(n_heads) if backend == "mosaic_gpu" else reference_kernels()
 
 
@@ -64,14 +78,27 @@ def chained(policy: Policy, kernels: Kernels) -> bool:
     return kernels.chained and policy.tolerance is not None
 
 
-def _device_obstacle() -> str | None:
+def _device() -> tuple[str, str]:
+    """Platform and compute capability of the device, the latter empty where there is no GPU."""
     device = jax.devices()[0]
-    capability = str(getattr(device, "compute_capability", ""))
-    if device.platform != "gpu":
-        return f"the device is a {device.platform}"
-    if not capability.startswith("9."):
-        return f"the GPU has compute capability {capability}, the kernels need 9.0 (Hopper)"
+    return device.platform, str(getattr(device, "compute_capability", ""))
+
+
+def _device_obstacle(kernels: str) -> str | None:
+    platform, capability = _device()
+    if platform != "gpu":
+        return f"the device is a {platform}"
+    if kernels == "mosaic_gpu" and not _is_hopper(capability):
+        return f"the GPU has compute capability {capability}, the kernels on Mosaic need {HOPPER}.0 (Hopper)"
+    if float(capability) < AMPERE:
+        return f"the GPU has compute capability {capability}, the kernels need {AMPERE}.0 (Ampere) or newer"
+    if kernels == "triton" and importlib.util.find_spec("triton") is None:
+        return "Triton is not installed, which `pip install certjax[gpu]` does"
     return None
+
+
+def _is_hopper(capability: str) -> bool:
+    return capability.split(".")[0] == str(HOPPER)
 
 
 def _obstacles(policy: Policy, cache: TieredKVCache, n_query_heads: int) -> list[str]:

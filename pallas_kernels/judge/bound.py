@@ -34,6 +34,7 @@ from pallas_kernels.judge.tally import added_up
 from pallas_kernels.tile_facts import SLACK
 
 TILE, TILES_READ = tl.constexpr(lv.TILE), tl.constexpr(lv.TILES_READ)
+PARTS_OF_A_WINDOW = tl.constexpr(lv.PARTS_OF_A_WINDOW)
 U, UNDERFLOW, FLOOR = tl.constexpr(num.U), tl.constexpr(num.UNDERFLOW), tl.constexpr(num.ABSOLUTE_FLOOR)
 
 
@@ -78,7 +79,7 @@ def judge_head(
     )
 
     total = tier1 + exact_total  # W
-    reads = pieces.to(tl.float32) + 1  # a program reads no more than all
+    reads = pieces.to(tl.float32) + PARTS_OF_A_WINDOW  # a program reads no more than all
     joined = _turned_back(found + offset[None], signs) * (1 / ROOT) + tier1[None] * centre + exact
     result = joined / total[None]
     from_centre = length(tl.sum((centre - result) * (centre - result), 0), ROOT, VANISHED)

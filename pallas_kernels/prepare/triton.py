@@ -20,6 +20,7 @@ ROWS = tl.constexpr(16)
 
 NORM_SLACK, BITS, LOG2_E = tl.constexpr(num.NORM_SLACK), tl.constexpr(qr.BITS), tl.constexpr(qr.LOG2_E)
 U, EXP_RELATIVE_ERROR = tl.constexpr(num.U), tl.constexpr(num.EXP_RELATIVE_ERROR)
+PRODUCTS = tl.constexpr(num.PRODUCTS)
 
 
 @triton.jit
@@ -120,7 +121,7 @@ def _prepare(
     evaluated = 32 * U * size + 2 * GAMMA * norm * (centre_norm + 0.1 * reach) + EXP_RELATIVE_ERROR
     half_a_step = ROOT * 0.5 * (1 + 2.0**-20)
     inexact = (1.1 * scale * half_a_step + 8 * U * length) * (NORM_SLACK / ROOT)
-    tensor = (D // 16 + 8) * 2 * TENSOR_UNIT * norm
+    tensor = (D // PRODUCTS + 8) * 2 * TENSOR_UNIT * norm
     to = facts + h * 8 * G + row
     tl.store(to, norm, mask=kept)
     tl.store(to + 2 * G, inexact * reach * NORM_SLACK + evaluated, mask=kept)

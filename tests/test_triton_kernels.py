@@ -1,0 +1,54 @@
+"""The big steps' kernels in Triton: against their twins, and in a chain. Without a GPU they are interpreted."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from certjax import Policy
+from certjax.fused.chain import chained_attention
+from pallas_kernels import dispatch
+from tests.oracle import f64
+from tests.test_chain import POLICIES, exact, problem
+from tests.test_kernels import EVERY, KERNELS, B, H, check_against_twin, found_by
+
+pytest.importorskip("triton", reason="Triton's interpreter, or Triton for the GPU, is not installed")
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+PROCESSORS = 5
+"""Few programs, so that each reads several tiles."""
+
+
+@KERNELS
+@EVERY
+def test_kernel_equals_its_twin(d, name):
+    check_against_twin(d, name, getattr(dispatch.triton_kernels(B * H, PROCESSORS), name))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("processors", [PROCESSORS, 132])
+@KERNELS
+@EVERY
+def test_compiled_kernel_does_the_same_every_time(d, name, processors):
+    kernel = jax.jit(getattr(dispatch.triton_kernels(B * H, processors), name))
+    first = check_against_twin(d, name, kernel)
+    for _ in range(20):  # a race between warps need not show at once
+        jax.tree.map(np.testing.assert_array_equal, found_by(d, name, kernel), first)
+
+
+@pytest.mark.parametrize("d, name", [(64, "promoting"), (128, "dense")])
+def test_chain_of_triton_alone(d, name):
+    """By a plan that does not hold, so that there is a second pass."""
+    cache, q = problem(d)
+    cache = cache.replace(plan=0 * cache.plan)
+    policy = Policy.budget(block_size=128, **POLICIES[name])
+
+    @jax.jit
+    def step(q, cache):
+        kernels = dispatch.triton_kernels(B * H, PROCESSORS)
+        return chained_attention(q, cache, jnp.int32(1), policy, kernels, jnp.ones(B, bool))[:2]
+
+    out, certificate = jax.device_get(step(q, cache))
+    error = np.linalg.norm(f64(out) - exact(q, cache), axis=-1)
+    assert (error <= certificate.e_total).all() and certificate.canary_ok.all()
+    assert set(certificate.rung.ravel()) == {3 if name == "dense" else 2}
+    assert ((certificate.e_total <= certificate.tolerance) | (certificate.rung == 3)).all()
