@@ -1,4 +1,4 @@
-"""Programs compiled for an H100 on a machine without one: how many kernels they become.
+"""Programs compiled for an H100, or a GPU of another kind, on a machine without one: how many kernels they become.
 
 Needs JAX's CUDA plugin (`pip install jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc`), no driver and no device.
 """
@@ -19,7 +19,7 @@ gpu_device_info {
   threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
   block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
   clock_rate_ghz: 1.98 device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  cuda_compute_capability { CAPABILITY }
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
 }
 platform_name: "CUDA"
@@ -28,14 +28,18 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
-def device() -> jax.Device:
-    """An H100 that programs can be compiled for."""
-    (h100,) = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=SPEC).devices
-    return h100
+def device(capability: str = "9.0") -> jax.Device:
+    """An H100 that programs can be compiled for; or what has its memory and its number of processors, and another
+    compute capability."""
+    major, minor = capability.split(".")
+    fields = f"major: {major} minor: {minor}" + " feature_extension: ACCELERATED_FEATURES" * (major == "9")
+    spec = SPEC.replace("CAPABILITY", fields)
+    (gpu,) = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=spec).devices
+    return gpu
 
 
-def on_device(tree, h100: jax.Device):
+def on_device(tree, gpu: jax.Device):
     """Abstract arrays on it."""
-    mesh = jax.sharding.Mesh([h100], ("x",))
+    mesh = jax.sharding.Mesh([gpu], ("x",))
     at = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree)

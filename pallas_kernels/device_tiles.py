@@ -92,27 +92,38 @@ def no_values(C: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def add_values(acc, plane, weights, WIDTH: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr):
-    """To `acc`, CHANNELS channels each, a tile's values by the plane of WIDTH bits at `plane` [D, 128 WIDTH / 8], times
-    UNIT; `weights` [HALF, C] of each half of its tokens."""
+def load_values(plane, read, WIDTH: tl.constexpr, D: tl.constexpr):
+    """A tile's values by the plane of WIDTH bits at `plane` [D, 128 WIDTH / 8], where it is to be `read`, CHANNELS
+    channels each: [CHANNELS, HALF] int8, a byte for each token of a half, if need be twice."""
+    size: tl.constexpr = TILE * WIDTH // 8
+    of = plane + tl.arange(0, CHANNELS)[:, None] * size + (tl.arange(0, HALF) % size)[None]
+    mask = tl.full((CHANNELS, HALF), 1, tl.int1) & read
     if D == CHANNELS:
-        return (_add_channels(acc[0], plane, weights, WIDTH, UNIT),)
+        return (tl.load(of, mask=mask, other=0),)
+    else:
+        return tl.load(of, mask=mask, other=0), tl.load(of + CHANNELS * size, mask=mask, other=0)
+
+
+@triton.jit
+def add_values(acc, packed, weights, WIDTH: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr):
+    """To `acc`, CHANNELS channels each, a tile's values of `load_values`, times UNIT; `weights` [HALF, C] of each half
+    of its tokens."""
+    if D == CHANNELS:
+        return (_add_channels(acc[0], packed[0], weights, WIDTH, UNIT),)
     else:
         return (
-            _add_channels(acc[0], plane, weights, WIDTH, UNIT),
-            _add_channels(acc[1], plane + CHANNELS * TILE * WIDTH // 8, weights, WIDTH, UNIT),
+            _add_channels(acc[0], packed[0], weights, WIDTH, UNIT),
+            _add_channels(acc[1], packed[1], weights, WIDTH, UNIT),
         )  # fmt: skip
 
 
 @triton.jit
-def _add_channels(acc, plane, weights, WIDTH: tl.constexpr, UNIT: tl.constexpr):
-    token, of = tl.arange(0, HALF), plane + tl.arange(0, CHANNELS)[:, None] * (TILE * WIDTH // 8)
+def _add_channels(acc, packed, weights, WIDTH: tl.constexpr, UNIT: tl.constexpr):
     first, second = weights
     if WIDTH == 4:
-        packed = tl.load(of + token[None])
         low, high = codes(packed, 0, WIDTH), codes(packed, 4, WIDTH)
     else:  # two fields of 32 tokens are one half
-        packed, at = tl.load(of + (token % QUARTER)[None]), (token // QUARTER * WIDTH).to(tl.int16)[None]
+        at = (tl.arange(0, HALF) // QUARTER * WIDTH).to(tl.int16)[None]
         low, high = codes(packed, at, WIDTH), codes(packed, at + 2 * WIDTH, WIDTH)
     product = add_product(tl.zeros_like(acc), low, first)
     return acc + add_product(product, high, second) * UNIT

@@ -24,6 +24,14 @@ def test_kernel_equals_its_twin(d, name):
     check_against_twin(d, name, getattr(dispatch.triton_kernels(B * H, PROCESSORS), name))
 
 
+@pytest.mark.parametrize("shared", [164, 100])
+def test_scan_with_less_memory_equals_its_twin(shared):
+    """On Ampere and Ada values are not fetched ahead."""
+    kernels = dispatch.triton_kernels(B * H, PROCESSORS, shared)
+    assert not kernels.scan.keywords["ahead"]
+    check_against_twin(128, "scan", kernels.scan)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("processors", [PROCESSORS, 132])
 @KERNELS

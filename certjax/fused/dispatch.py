@@ -69,7 +69,7 @@ def pick_backend(
 def kernels_of(backend: str, n_heads: int) -> Kernels:
     """The kernels of a fused back end, for `n_heads` KV heads of all sequences together."""
     if backend == "triton":
-        return triton_kernels(n_heads, getattr(jax.devices()[0], "core_count", PROCESSORS))
+        return triton_kernels(n_heads, getattr(jax.devices()[0], "core_count", PROCESSORS), _shared_memory())
     return mosaic_kernels(n_heads) if backend == "mosaic_gpu" else reference_kernels()
 
 
@@ -95,6 +95,11 @@ def _device_obstacle(kernels: str) -> str | None:
     if kernels == "triton" and importlib.util.find_spec("triton") is None:
         return "Triton is not installed, which `pip install certjax[gpu]` does"
     return None
+
+
+def _shared_memory() -> int:
+    """KB that the programs on a processor share (CUDA C++ Programming Guide, table of compute capabilities)."""
+    return {"8.0": 164, "8.7": 164, "9.0": 228, "10.0": 228, "10.3": 228}.get(_device()[1], 100)
 
 
 def _is_hopper(capability: str) -> bool:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from pallas_kernels import levels as lv
-from pallas_kernels.device_tiles import HALF, TILE, add_values, no_values, store_channels
+from pallas_kernels.device_tiles import HALF, TILE, add_values, load_values, no_values, store_channels
 from pallas_kernels.launch import launch
 
 COUNTS, N_COARSE, N_VALUES = tl.constexpr(lv.COUNTS), tl.constexpr(lv.N_COARSE), tl.constexpr(lv.N_VALUES)
@@ -28,14 +28,15 @@ def _attend_coarse(
     if tl.load(counts + h * COUNTS + N_COARSE) + tl.load(counts + h * COUNTS + N_VALUES) > 0:
         head = tl.load(layer).to(tl.int64) * H + h
         found = no_values(C, D)
-        for tile in tl.range(split, NT, SPLITS):
+        for tile in tl.range(split, NT, SPLITS, num_stages=2):
             level, row = tl.load(words + h * FLAGS + tile) & 255, head * NT + tile
             if (level == COARSE) | (level == VALUES):
                 of = weights + (h * NT + tile) * C * TILE + tl.arange(0, C)[None] * TILE + tl.arange(0, HALF)[:, None]
                 w = tl.load(of), tl.load(of + HALF)
-                found = add_values(found, values + row * D * HALF, w, 4, 4, D)
+                found = add_values(found, load_values(values + row * D * HALF, True, 4, D), w, 4, 4, D)
                 if level == VALUES:
-                    found = add_values(found, values_low + row * D * (HALF // 2), w, 2, 1, D)
+                    lower = load_values(values_low + row * D * (HALF // 2), True, 2, D)
+                    found = add_values(found, lower, w, 2, 1, D)
         store_channels(acc + (h * SPLITS + split) * D * C, found, C, D)
 
 

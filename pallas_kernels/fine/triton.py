@@ -22,6 +22,7 @@ from pallas_kernels.device_tiles import (
     attend_tile_of_originals,
     in_two_halves,
     integer_dot,
+    load_values,
     next_chosen,
     no_values,
     nothing,
@@ -97,8 +98,10 @@ def _refine(
             a, w = _visit_half(k, low, ks, vs, share, 0, pieces, queries, of_scores, C, D, SIZE)
             b, other_w = _visit_half(k, low, ks, vs, share, HALF, pieces, queries, of_scores, C, D, SIZE)
             store_sums(stats + (h * NT + here) * 4 * C, a + b, C)
-            total = add_values(total, values + row * D * HALF, (w, other_w), 4, 4, D)
-            total = add_values(total, values_low + row * D * (HALF // 2), (w, other_w), 2, 1, D)
+            upper = load_values(values + row * D * HALF, True, 4, D)
+            lower = load_values(values_low + row * D * (HALF // 2), True, 2, D)
+            total = add_values(total, upper, (w, other_w), 4, 4, D)
+            total = add_values(total, lower, (w, other_w), 2, 1, D)
     store_channels(acc, total, C, D)
 
 
