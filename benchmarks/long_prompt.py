@@ -50,7 +50,8 @@ def main() -> None:
             found[mode] = np.asarray(state.tokens)
             if mode == "certified":
                 telemetry = jax.device_get(state.telemetry)
-                certificate = jax.tree.map(lambda x: x[: telemetry.valid[:, 0].sum()], telemetry.certificate)
+                taken = telemetry.valid[:, 0]
+                certificate = jax.tree.map(lambda x, taken=taken: x[taken], telemetry.certificate)
                 row["rungs"] = np.bincount(certificate.rung.ravel(), minlength=5).tolist()
                 row["worst_bound"] = float(np.where(certificate.rung < 3, certificate.e_total, 0.0).max())
                 row["checks"] = bool(certificate.precondition_ok.all() and certificate.canary_ok.all())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 from collections.abc import Callable
+from typing import NamedTuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,65 +60,77 @@ def reference_kernels(splits: int = 4) -> Kernels:
 
 
 def mosaic_kernels(n_heads: int) -> Kernels:
-    """Pallas on Mosaic GPU. `n_heads`: KV heads of all sequences, which share the device's processors."""
-    from pallas_kernels.coarse.mosaic import attend_coarse
+    """Pallas on Mosaic GPU, and for a second pass Triton. `n_heads`: KV heads of all sequences, which share the
+    device's processors."""
     from pallas_kernels.fine.mosaic import attend_fine
-    from pallas_kernels.originals.mosaic import attend_originals
     from pallas_kernels.scan.dealing import MOST_AHEAD
     from pallas_kernels.scan.mosaic import scan_and_fine, scan_tiles
 
-    def programs(at_once: float, others: int = 0) -> int:
-        """Of a head, where so many run on a processor at once."""
-        return max(1, min(64, int(at_once * PROCESSORS) // n_heads - others))
-
-    # Those of `coarse` and `fine_again` that find nothing to do return at once, one after the other: a second pass, of
-    # which that is the rule, has few.
-    scan, coarse, fine = programs(2.97, WINDOWS), programs(1), programs(2)
-    few = min(fine, FEW_REFINERS)
-    originals = programs(2) // 2 * 2 or 1  # even: two share a tile
+    scan, fine = _programs(n_heads, 2.97, PROCESSORS, WINDOWS), _programs(n_heads, 2, PROCESSORS)
+    again = _Again.of(n_heads, PROCESSORS)
     return Kernels(
         "mosaic_gpu",
         scan=functools.partial(scan_tiles, splits=scan),
-        coarse=functools.partial(attend_coarse, splits=coarse),
         fine=functools.partial(attend_fine, splits=fine, readers=READERS),
-        fine_again=functools.partial(attend_fine, splits=few, readers=FEW_READERS),
-        originals=functools.partial(attend_originals, splits=originals),
-        splits=max(scan, coarse) + fine,
-        fewest=min(scan, coarse, few),
-        fewest_dense=originals,
-        chained=importlib.util.find_spec("triton") is not None,
-        scan_and_fine=functools.partial(scan_and_fine, splits=scan, refiners=few, readers=FEW_READERS),
+        splits=max(scan, again.coarse) + fine,
+        fewest=min(scan, again.coarse, again.fine),
+        fewest_dense=again.originals,
+        chained=True,
+        scan_and_fine=functools.partial(scan_and_fine, splits=scan, refiners=again.fine, readers=FEW_READERS),
         uneven=MOST_AHEAD,
+        **again.kernels(),
     )
 
 
 def triton_kernels(n_heads: int, processors: int = PROCESSORS, shared: int = 228) -> Kernels:
     """Triton, for GPUs whose matrix units Mosaic's kernels do not know. `processors`, and the KB of memory that the
     programs of one share: of the device."""
-    from pallas_kernels.coarse.triton import attend_coarse
     from pallas_kernels.fine.triton import attend_fine
-    from pallas_kernels.originals.triton import attend_originals
     from pallas_kernels.scan.triton import scan_tiles
-
-    def programs(at_once: int, others: int = 0) -> int:
-        """Of a head, where so many run on a processor at once."""
-        return max(1, min(64, at_once * processors // n_heads - others))
 
     # Three have room by their registers. On an H100 three that fetch values ahead take 0.92 of the time of three that
     # do not, and those 0.91 of that of two that do.
     ahead = shared >= 3 * 62
-    scan = programs(3 if shared >= 3 * 38 else 2, WINDOWS)
-    coarse, fine, originals = programs(2), programs(2), programs(2)
-    few = min(fine, FEW_REFINERS)
+    scan = _programs(n_heads, 3 if shared >= 3 * 38 else 2, processors, WINDOWS)
+    fine, again = _programs(n_heads, 2, processors), _Again.of(n_heads, processors)
     return Kernels(
         "triton",
         scan=functools.partial(scan_tiles, splits=scan, ahead=ahead),
-        coarse=functools.partial(attend_coarse, splits=coarse),
         fine=functools.partial(attend_fine, splits=fine, readers=READERS),
-        fine_again=functools.partial(attend_fine, splits=few, readers=FEW_READERS),
-        originals=functools.partial(attend_originals, splits=originals),
-        splits=max(scan, coarse) + fine,
-        fewest=min(scan, coarse, few),
-        fewest_dense=originals,
+        splits=max(scan, again.coarse) + fine,
+        fewest=min(scan, again.coarse, again.fine),
+        fewest_dense=again.originals,
         chained=True,
+        **again.kernels(),
     )
+
+
+class _Again(NamedTuple):
+    """Programs of a head in a second pass. Where they find nothing to do, as is the rule, they return at once, one
+    after the other: of those that refine there are few."""
+
+    coarse: int
+    fine: int
+    originals: int
+
+    @classmethod
+    def of(cls, n_heads: int, processors: int) -> _Again:
+        two = _programs(n_heads, 2, processors)
+        return cls(two, min(two, FEW_REFINERS), two)
+
+    def kernels(self) -> dict[str, Callable]:
+        """In Triton, which is as fast there as Mosaic and returns sooner."""
+        from pallas_kernels.coarse.triton import attend_coarse
+        from pallas_kernels.fine.triton import attend_fine
+        from pallas_kernels.originals.triton import attend_originals
+
+        return dict(
+            coarse=functools.partial(attend_coarse, splits=self.coarse),
+            fine_again=functools.partial(attend_fine, splits=self.fine, readers=FEW_READERS),
+            originals=functools.partial(attend_originals, splits=self.originals),
+        )
+
+
+def _programs(n_heads: int, at_once: float, processors: int, others: int = 0) -> int:
+    """Of a head, where so many run on a processor at once."""
+    return max(1, min(64, int(at_once * processors) // n_heads - others))

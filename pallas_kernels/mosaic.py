@@ -167,25 +167,12 @@ def rows_of_flags(chosen: jax.Array) -> jax.Array:
     return jnp.pad(chosen, ((0, 0), (0, length - chosen.shape[1]))).reshape(chosen.shape[0], -1, width)
 
 
-def list_chosen(flags, chosen: Callable, order, split: jax.Array, splits: int) -> jax.Array:
+def list_by_summary(flags, summary, here: Callable, chosen: Callable, order, split: jax.Array, splits) -> jax.Array:
     """Write the tiles of a program whose number is `chosen` to `order`; returns how many. `flags`: [r, w] int32.
 
-    Program `split` of `splits` looks at tiles `split`, `split + splits` ...: what lies together is shared out.
+    Program `split` of `splits` looks at runs of LOOK tiles, `split`, `split + splits` ..., and passes over those whose
+    number of `summary` is not `here`. No number is divided by `splits`, which a program may have to read.
     """
-    n = flags.shape[0] * flags.shape[1]
-
-    def visit(i, count):
-        tile = split + i * splits
-        return _put(order, tile, chosen(flag_of(flags, tile)), count)
-
-    count = lax.fori_loop(0, (n - split + splits - 1) // splits, visit, jnp.int32(0))
-    plgpu.commit_smem()  # every thread has written before any reads
-    return count
-
-
-def list_by_summary(flags, summary, here: Callable, chosen: Callable, order, split: jax.Array, splits) -> jax.Array:
-    """As `list_chosen`, of runs of LOOK tiles: programs look at runs `split`, `split + splits` ..., and pass over those
-    whose number of `summary` is not `here`. No number is divided by `splits`, which a program may have to read."""
 
     def put(tile, count):
         return _put(order, tile, chosen(flag_of(flags, tile)), count)

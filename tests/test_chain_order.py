@@ -218,7 +218,7 @@ def test_a_step_stores_its_token(monkeypatch, mode, policy):
     step = functools.partial(decode.step, config, mode)
     _, want, *_ = run(functools.partial(step, dataclasses.replace(policy, backend="reference")), params, cache,
                       jnp.zeros(2, jnp.int32))  # fmt: skip
-    monkeypatch.setattr("certjax.fused.dispatch._device_obstacle", lambda: None)
+    monkeypatch.setattr("certjax.fused.dispatch._device", lambda: ("gpu", "9.0"))
     chained = dataclasses.replace(dispatch.reference_kernels(), chained=True)
     monkeypatch.setattr("certjax.fused.dispatch.mosaic_kernels", lambda n_heads: chained)
     _, got, *_ = run(functools.partial(step, policy), params, cache, jnp.zeros(2, jnp.int32))

@@ -14,7 +14,7 @@ import pytest
 
 from certjax import Policy, TieredKVCache, decode, programs
 from certjax.fused import operands as ops
-from certjax.fused.attention import additions_of, fused_attention
+from certjax.fused.attention import additions_of
 from certjax.models.llama.config import LlamaConfig
 from certjax.models.llama.modeling import init_params
 from certjax.sampling import Sampling
@@ -208,21 +208,22 @@ def test_fields_of_every_byte_are_exact(width):
         np.testing.assert_array_equal(f64(found), code * 2.0 ** (8 - width))
 
 
+KERNELS = pytest.mark.parametrize("name", ["scan", "coarse", "fine", "fine_again", "by_plan", "originals"])
+ON_MOSAIC = pytest.mark.parametrize("name", ["scan", "fine", "by_plan"])
+"""Kernels of the back end of that name that are not in Triton (those: `test_triton_kernels.py`)."""
+
+
+def mosaic(heads: int) -> dispatch.Kernels:
+    pytest.importorskip("triton", reason="a part of the kernels is in Triton")
+    return dispatch.mosaic_kernels(heads)
+
+
+@ON_MOSAIC
 @EVERY
-def test_kernels_lower_for_cuda_without_a_gpu(d):
-    """The whole fused step with every kernel in it."""
-    cache, _ = problem(d)
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), cache)
-    q = jax.ShapeDtypeStruct((B, H, GROUPS[d], d), jnp.float32)
-
-    @jax.jit
-    def step(q, cache):
-        sound = jnp.ones(B, bool)
-        return fused_attention(q, cache, jnp.int32(1), POLICY, dispatch.mosaic_kernels(B * H), sound)
-
-    lowered = step.trace(q, shapes).lower(lowering_platforms=("cuda",))
-    calls = re.findall(r"custom_call @(\w*mosaic_gpu\w*)", lowered.as_text())
-    assert len(calls) == 5  # scan, fine, both parts of a second pass, dense heads
+def test_kernels_lower_for_cuda_without_a_gpu(d, name):
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), calls(d)[0][name])
+    lowered = jax.jit(getattr(mosaic(B * H), name)).trace(*shapes).lower(lowering_platforms=("cuda",))
+    assert len(re.findall(r"custom_call @(\w*mosaic_gpu\w*)", lowered.as_text())) == 1
 
 
 def test_the_benchmark_finds_the_lines_that_it_stamps():
@@ -248,15 +249,14 @@ def interpreted():
     return pytest.skip("this JAX has no interpreter of Mosaic's kernels") if found is None else found
 
 
-KERNELS = pytest.mark.parametrize("name", ["scan", "coarse", "fine", "fine_again", "by_plan", "originals"])
 SLOTS = 256
 """KV heads for which a head has one program: it reads nine tiles, more than there are slots for."""
 
 
-@KERNELS
+@ON_MOSAIC
 @EVERY
 def test_interpreted_kernel_equals_its_twin(d, name):
-    check_interpreted(d, name, dispatch.mosaic_kernels(SLOTS))
+    check_interpreted(d, name, mosaic(SLOTS))
 
 
 def check_interpreted(d: int, name: str, kernels: dispatch.Kernels):
@@ -275,7 +275,7 @@ def test_interpreted_scan_with_programs_that_have_something_else_to_do(splits, r
     """Some of them, as either, or all of them; with tiles left for them, and without; fewer programs than readers."""
     monkeypatch.setattr(dealing, "AHEAD", ahead)
     monkeypatch.setattr(dealing, "MOST_AHEAD", ahead + 1)
-    kernels = dispatch.mosaic_kernels(SLOTS)
+    kernels = mosaic(SLOTS)
     one = functools.partial(kernels.scan_and_fine.func, splits=splits, refiners=refiners, readers=readers)
     check_interpreted(128, "by_plan", dataclasses.replace(kernels, scan_and_fine=one))
 
@@ -283,7 +283,7 @@ def test_interpreted_scan_with_programs_that_have_something_else_to_do(splits, r
 @pytest.mark.parametrize("heads", [1, 7, 8, 16, 33, 64, 256])
 def test_roundings_of_uneven_shares_are_counted(heads):
     """Two a tile of a program's, and one a part that is added to others."""
-    kernels = dispatch.mosaic_kernels(heads)
+    kernels = mosaic(heads)
     for n_tiles in range(1, 2049):
         tiles = -(-n_tiles // kernels.scan.keywords["splits"]) + MOST_AHEAD
         assert additions_of(n_tiles, kernels) >= 2 * tiles + kernels.splits
@@ -331,7 +331,7 @@ def test_interpreted_fine_finds_its_tiles_in_every_chunk(n_tiles):
             x.index, words, lv.counts_of(words, x.active, jnp.zeros(1, bool)), lv.summary_of(words, d), q, x.keys,
             x.keys_low, x.key_scale, x.values, x.values_low, x.value_scale, x.nu, x.host_keys, x.host_values,
         )  # fmt: skip
-        kernel = functools.partial(dispatch.mosaic_kernels(SLOTS // 4).fine, interpret=interpreted())
+        kernel = functools.partial(mosaic(SLOTS // 4).fine, interpret=interpreted())
         acc, stats, *host = jax.jit(kernel)(*jax.tree.map(np.asarray, arguments))
         want, want_stats, *want_host = dispatch.reference_kernels().fine(*arguments)
         left = np.asarray(lv.level_of_rest(words, d)) == lv.FINEST
@@ -345,10 +345,10 @@ def test_interpreted_fine_finds_its_tiles_in_every_chunk(n_tiles):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("heads", [B * H, SLOTS])
-@KERNELS
+@ON_MOSAIC
 @EVERY
 def test_kernel_equals_its_twin(d, name, heads):
-    kernel = jax.jit(getattr(dispatch.mosaic_kernels(heads), name))
+    kernel = jax.jit(getattr(mosaic(heads), name))
     first = check_against_twin(d, name, kernel)
     for _ in range(20):  # a race between warps need not show at once
         jax.tree.map(np.testing.assert_array_equal, found_by(d, name, kernel), first)

@@ -92,7 +92,7 @@ def _device_obstacle(kernels: str) -> str | None:
         return f"the GPU has compute capability {capability}, the kernels on Mosaic need {HOPPER}.0 (Hopper)"
     if float(capability) < AMPERE:
         return f"the GPU has compute capability {capability}, the kernels need {AMPERE}.0 (Ampere) or newer"
-    if kernels == "triton" and importlib.util.find_spec("triton") is None:
+    if importlib.util.find_spec("triton") is None:
         return "Triton is not installed, which `pip install certjax[gpu]` does"
     return None
 

@@ -1,11 +1,10 @@
-"""Attention over original keys and values on Mosaic GPU: windows on the device, blocks of tier 2 from host memory.
+"""Attention over original keys and values on Mosaic GPU: windows on the device, pieces of tier 2 from host memory.
 
-Twin: `originals/reference.py`.
+Twin: `originals/reference.py`. All of a head's originals: `originals/triton.py`.
 """
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -107,42 +106,6 @@ def store_rows(rows, sums, ref) -> None:
     plgpu.copy_smem_to_gmem(sums, ref)
 
 
-def attend_chosen_originals(
-    h, part, layer, length, flags_ref, q_ref, numbers_ref, host_refs, found_refs, parts: int, *, alone: bool, interpret
-):
-    """What program `part` of `parts` does for a head: attend to the tiles that `flags_ref` has at 1, or to a half of
-    each: one processor takes 10 us to read a tile over the bus, two take half of that."""
-    sharing = 2 - parts % 2
-    k_ref, v_ref = host_refs
-    acc_ref, sums_ref = found_refs
-
-    def attend(flags, numbers, order, out, sums, barrier, *rest):
-        queries, keys, values, weights = rest
-        d, columns = out.shape
-        plgpu.copy_gmem_to_smem(flags_ref.at[h], flags, barrier)
-        load_exact_queries(h, q_ref, numbers_ref, queries, numbers, barrier)
-        plgpu.barrier_wait(barrier)
-        count = mg.list_chosen(flags, lambda flag: flag == 1, order, part // sharing, parts // sharing)
-        unit = mg.over_rows(numbers[UNIT_EXACT], HALF)
-        shift = jnp.zeros((HALF, columns), jnp.float32) if alone else mg.over_rows(numbers[SHIFT_EXACT], HALF)
-
-        def visit(i, carry):
-            half = part % 2 if sharing == 2 else i % 2
-            start = order[i * sharing // 2] * TILE + half * HALF
-            here = pl.ds(start, HALF)
-            plgpu.commit_smem()  # a barrier: no warp reads the tile before any more
-            load_from_host((k_ref.at[layer, h, here], v_ref.at[layer, h, here]), (keys, values))
-            return attend_original_tile(
-                length - start, mg.parts_of(queries), unit, shift, keys, values, weights, carry, interpret
-            )
-
-        carry = lax.fori_loop(0, count * 2 // sharing, visit, nothing(d, columns))
-        store_result(carry, out, sums, acc_ref.at[h, part], sums_ref.at[h, part])
-        plgpu.wait_smem_to_gmem(0)
-
-    return attend
-
-
 def attend_promoted_pieces(
     h, part, layer, words_ref, summary_ref, q_ref, numbers_ref, host_refs, found_refs, parts, *, interpret
 ):
@@ -198,58 +161,17 @@ def attend_promoted_pieces(
     return attend
 
 
-def scratch_of_originals(rows: tuple[int, int], parts: int, q) -> list:
-    """Shared memory for what `attend_chosen_originals` returns. `rows`: of the flags."""
-    return _scratch(rows, -(-rows[0] * rows[1] * (2 - parts % 2) // parts), 2, *q.parts.shape[2:])
-
-
 def scratch_of_pieces(rows: tuple[int, int], summary: tuple[int, int], parts: int, columns: int, d: int) -> list:
-    """The same for `attend_promoted_pieces`."""
-    listed = mg.most_listed(rows[0] * rows[1], parts) * pieces_of_a_tile(d)
-    return [*_scratch(rows, listed, 3, columns, d), plgpu.SMEM(summary, jnp.int32)]
-
-
-def _scratch(rows: tuple[int, int], listed: int, copies: int, columns: int, d: int) -> list:
+    """Shared memory for what `attend_promoted_pieces` returns. `rows`: of the flags."""
     return [
         plgpu.SMEM(rows, jnp.int32),
         plgpu.SMEM((NUMBERS, columns), jnp.float32),
-        plgpu.SMEM((listed,), jnp.int32),
+        plgpu.SMEM((mg.most_listed(rows[0] * rows[1], parts) * pieces_of_a_tile(d),), jnp.int32),
         plgpu.SMEM((d, columns), jnp.float32),
         plgpu.SMEM((4, columns), jnp.float32),
-        plgpu.Barrier(num_arrivals=copies + PARTS),
+        plgpu.Barrier(num_arrivals=3 + PARTS),
         mg.tile_ref((columns, d), jnp.bfloat16, PARTS),
         *[mg.tile_ref((HALF, d), jnp.bfloat16)] * 2,
         mg.weights_ref(columns, tokens=HALF),
+        plgpu.SMEM(summary, jnp.int32),
     ]
-
-
-def attend_originals(layer, meta, chosen, some, q, keys, values, *, splits: int, alone=False, interpret=False):
-    n_layers, heads, n, d = keys.shape
-    columns = q.parts.shape[2]
-    chosen = mg.rows_of_flags(chosen)
-
-    def kernel(layer_ref, meta_ref, some_ref, chosen_ref, q_ref, numbers_ref, k_ref, v_ref, acc_ref, sums_ref):
-        h, split = lax.axis_index("h"), lax.axis_index("s")
-
-        @pl.when(some_ref[h] > 0)
-        def _():
-            attend = attend_chosen_originals(
-                h, split, layer_ref[0], meta_ref[h, 2], chosen_ref, q_ref, numbers_ref, (k_ref, v_ref),
-                (acc_ref, sums_ref), splits, alone=alone, interpret=interpret,
-            )  # fmt: skip
-            pl.run_scoped(attend, *scratch_of_originals(chosen.shape[1:], splits, q))
-
-    f32 = jnp.float32
-    run = plgpu.kernel(
-        kernel,
-        out_type=[
-            jax.ShapeDtypeStruct((heads, splits, d, columns), f32),
-            jax.ShapeDtypeStruct((heads, splits, 4, columns), f32),
-        ],
-        grid=(heads, splits),
-        grid_names=("h", "s"),
-        kernel_name="attend_originals",
-        compiler_params=mg.PARAMS,
-        interpret=interpret,
-    )
-    return run(layer, meta, some, chosen, q.wide, q.numbers, keys, values)
