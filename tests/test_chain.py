@@ -322,14 +322,10 @@ def decide():
 
     @triton.jit
     def of_one_row(
-        record, counts, sound, meta, dense, flags, HEADS: tl.constexpr, HEADS_UP: tl.constexpr, GROUP: tl.constexpr,
-        C: tl.constexpr, FLAGS: tl.constexpr, NT: tl.constexpr, RELATIVE_TO: tl.constexpr, TOLERANCE: tl.constexpr,
-        POOLED: tl.constexpr,
+        record, counts, sound, dense, HEADS: tl.constexpr, HEADS_UP: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr,
+        RELATIVE_TO: tl.constexpr, TOLERANCE: tl.constexpr, POOLED: tl.constexpr,
     ):  # fmt: skip
-        decide_row(
-            0, record, counts, sound, meta, dense, flags, HEADS, HEADS_UP, GROUP, C, FLAGS, NT, RELATIVE_TO, TOLERANCE,
-            POOLED,
-        )  # fmt: skip
+        decide_row(0, record, counts, sound, dense, HEADS, HEADS_UP, GROUP, C, RELATIVE_TO, TOLERANCE, POOLED)
 
     return of_one_row
 
@@ -343,14 +339,11 @@ def decided(norm, bound, policy):
     rows = jnp.zeros((heads, rc.ROWS.value, 2 * group)).at[:, rc.PASSED.value].set(1.0)
     rows = rows.at[:, rc.NORM.value].set(jnp.tile(norm, 2)).at[:, rc.E_TOTAL.value].set(jnp.tile(bound, 2))
     contract = Contract(heads, group, policy.relative_to, policy.tolerance, policy.pooled)
-    meta = jnp.tile(jnp.array([[1, 3, 512]]), (heads, 1))
     counts = jnp.zeros((heads, lv.COUNTS), jnp.int32)
-    of = [jax.ShapeDtypeStruct((heads, *more), jnp.int32) for more in ((), (4,))]
-    goes, flags = launch(
-        decide(), rows, counts, jnp.ones(1, bool), meta, out=of, grid=(1,), GROUP=group, C=2 * group, FLAGS=4, NT=4,
-        **contract.constants,
+    goes = launch(
+        decide(), rows, counts, jnp.ones(1, bool), out=jax.ShapeDtypeStruct((heads,), jnp.int32), grid=(1,),
+        GROUP=group, C=2 * group, **contract.constants,
     )  # fmt: skip
-    np.testing.assert_array_equal(flags, np.repeat(np.asarray(goes)[:, None] > 0, 4, 1))
     twin = heads_to_give_up(policy, norm[None], bound[None], jnp.zeros((1, heads), bool))[0]
     return np.asarray(goes), np.asarray(twin)
 

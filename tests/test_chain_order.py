@@ -63,8 +63,8 @@ def as_the_kernels_leave_it(plain: dispatch.Kernels) -> dispatch.Kernels:
         finest = lv.level_of_rest(words[:, : stats.shape[1]], keys.shape[3]) == lv.FINEST
         return acc, where(finest & (refining > 0), stats), found, sums
 
-    def originals(layer, meta, chosen, some, *rest, **options):
-        return [where(some > 0, x) for x in plain.originals(layer, meta, chosen, some, *rest, **options)]
+    def originals(layer, meta, chosen, *rest, **options):
+        return [where(chosen > 0, x) for x in plain.originals(layer, meta, chosen, *rest, **options)]
 
     return dataclasses.replace(plain, scan=scan, coarse=coarse, fine_again=fine, originals=originals)
 

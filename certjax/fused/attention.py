@@ -193,15 +193,10 @@ class _Step:
     def dense(self, heads: jax.Array) -> bd.Exact:
         """Attend to all originals of `heads` `[H]`, and to nothing else."""
         x, q = self.layer, self.queries
-        chosen = (jnp.arange(self.n_tiles) * ops.TILE < x.meta[:, 2:]) & heads[:, None]
-        return _found(
-            self.kernels.originals(
-                x.index, x.meta, chosen.astype(jnp.int32), heads.astype(jnp.int32), q.kernel, x.host_keys,
-                x.host_values, alone=True,
-            ),
-            heads[:, None],
-            alone=True,
-        )  # fmt: skip
+        found = self.kernels.originals(
+            x.index, x.meta, heads.astype(jnp.int32), q.kernel, x.host_keys, x.host_values, alone=True
+        )
+        return _found(found, heads[:, None], alone=True)
 
     def consistent(self, scan: _Scan, plan: Plan, found: bd.Pass) -> jax.Array:
         """Canary: promoted tiles weigh by their originals, and by tier 1 at its finest where they are not read, what

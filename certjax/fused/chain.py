@@ -117,11 +117,11 @@ def chained_attention(
     originals = ops.originals_of(cache)
     values = kernels.coarse(index, words, counts, weights, x.values, x.values_low)
     fine = kernels.fine_again(index, words, counts, summary, operands, *tier1, *originals)
-    out, record, (verdict, everything) = judging.judge_again(
+    out, record, verdict = judging.judge_again(
         found(words, counts, summary, values, *fine), of_layer, asked, verdict, out, record, arrived, sound, rounding,
         contract, canary=policy.canary,
     )  # fmt: skip
-    dense = kernels.originals(index, meta, everything, verdict, operands, *originals, alone=True)
+    dense = kernels.originals(index, meta, verdict, operands, *originals, alone=True)
     out, record, revised = vd.finish(
         verdict, asked, dense, facts, out, record, of_dense, capacity=cache.capacity, reads=halves
     )

@@ -90,8 +90,8 @@ def _judge(
 def _judge_again(
     words, stats, fine_stats, kappa, eta, nu, sigma_k, sigma_v, rho_k, rho_v, coarse, fine, window_acc, window_sums,
     host_acc, host_sums, counts, summary, facts, largest_of_head, value_centre, turn, meta, layer, asked, sound,
-    dense_before, flags_before, out_before, record_before, before,  # inputs
-    sums, kappa_max, joined, exact_sums, dense, flags, out, record, arrived,  # outputs
+    dense_before, out_before, record_before, before,  # inputs
+    sums, kappa_max, joined, exact_sums, dense, out, record, arrived,  # outputs
     H: tl.constexpr, NT: tl.constexpr, FLAGS: tl.constexpr, PARTS: tl.constexpr, PARTS_UP: tl.constexpr,
     C: tl.constexpr, D: tl.constexpr, T: tl.constexpr, ALL_PIECES: tl.constexpr, S: tl.constexpr,
     FINE_S: tl.constexpr, W: tl.constexpr, P: tl.constexpr, CHANNELS: tl.constexpr,
@@ -119,9 +119,8 @@ def _judge_again(
             batch = h // HEADS
             if _last(arrived + 2 * H + batch, HEADS):
                 decide_row(
-                    batch, record, counts, sound, meta, dense, flags, HEADS, HEADS_UP, GROUP, C, FLAGS, NT,
-                    RELATIVE_TO, TOLERANCE, POOLED,
-                )  # fmt: skip
+                    batch, record, counts, sound, dense, HEADS, HEADS_UP, GROUP, C, RELATIVE_TO, TOLERANCE, POOLED
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,19 +164,19 @@ def judge(
 
 
 def judge_again(
-    found: Found, layer: Layer, asked: jax.Array, verdict: tuple[jax.Array, jax.Array], out: jax.Array,
+    found: Found, layer: Layer, asked: jax.Array, verdict: jax.Array, out: jax.Array,
     record: jax.Array, arrived: jax.Array, sound: jax.Array, rounding: Rounding, contract: Contract, *, canary: bool,
-) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:  # fmt: skip
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """`out` and `record` of `judge` and the verdict of `plan.choose`, where a second pass was `asked` for what that
     found. `sound`: [b] bool."""
     adding, arrays, _, constants = _of_heads(found, layer, rounding, out.shape[1], canary)
-    changed = [*verdict, out, record, arrived]
+    changed = [verdict, out, record, arrived]
     inputs, outputs = [*arrays, asked, sound, *changed], [*adding, *changed]
-    *_, dense, flags, out, record, arrived = launch(
+    *_, dense, out, record, arrived = launch(
         _judge_again, *inputs, out=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
-        in_place={len(inputs) - i: len(outputs) - i for i in range(1, 6)}, **constants, **contract.constants,
+        in_place={len(inputs) - i: len(outputs) - i for i in range(1, 5)}, **constants, **contract.constants,
     )  # fmt: skip
-    return out, record, (dense, flags)
+    return out, record, dense
 
 
 def _of_heads(found: Found, layer: Layer, rounding: Rounding, group: int, canary: bool):

@@ -27,7 +27,7 @@ from pallas_kernels.judge.record import (
 from pallas_kernels.launch import launch
 from pallas_kernels.tile_facts import SLACK, folded
 
-TILE, REDO = tl.constexpr(lv.TILE), tl.constexpr(rc.REDO)
+REDO = tl.constexpr(rc.REDO)
 COUNTS, GIVE_UP = tl.constexpr(lv.COUNTS), tl.constexpr(lv.GIVE_UP)
 U, UNDERFLOW, FLOOR = tl.constexpr(num.U), tl.constexpr(num.UNDERFLOW), tl.constexpr(num.ABSOLUTE_FLOOR)
 
@@ -35,13 +35,13 @@ U, UNDERFLOW, FLOOR = tl.constexpr(num.U), tl.constexpr(num.UNDERFLOW), tl.const
 @triton.jit
 def decide_row(
     batch,
-    record, counts, sound, meta,  # inputs
-    dense, flags,  # outputs
-    HEADS: tl.constexpr, HEADS_UP: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, FLAGS: tl.constexpr,
-    NT: tl.constexpr, RELATIVE_TO: tl.constexpr, TOLERANCE: tl.constexpr, POOLED: tl.constexpr,
+    record, counts, sound,  # inputs
+    dense,  # output
+    HEADS: tl.constexpr, HEADS_UP: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, RELATIVE_TO: tl.constexpr,
+    TOLERANCE: tl.constexpr, POOLED: tl.constexpr,
 ):  # fmt: skip
     """Of the KV heads of a row that a second pass was asked for: 0 returned as it is, 1 dense, 2 dense because the row
-    failed a check; and the tiles that dense attention reads."""
+    failed a check."""
     head, col = tl.arange(0, HEADS_UP), tl.arange(0, C)
     real = head < HEADS
     shown = real[:, None] & (col < GROUP)[None]
@@ -79,14 +79,7 @@ def decide_row(
             allowed = tl.full((HEADS_UP, C), TOLERANCE, tl.float32)
         goes = gone | (tl.sum((~(own <= allowed) & shown).to(tl.int32), 1) > 0)
     verdict = tl.where(failed, 2, goes.to(tl.int32))
-    h = batch * HEADS + head
-    tl.store(dense + h, verdict, mask=real)
-    length = tl.load(meta + h * 3 + 2, mask=real, other=0)
-    length = tl.where(verdict > 0, length, 0)[:, None]
-    for start in range(0, FLAGS, 128):
-        t = start + tl.arange(0, 128)[None]
-        chosen = (t < NT) & (t * TILE < length)
-        tl.store(flags + h[:, None] * FLAGS + t, chosen.to(tl.int32), mask=(t < FLAGS) & real[:, None])
+    tl.store(dense + batch * HEADS + head, verdict, mask=real)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Twin of `originals/mosaic.py`: attention over chosen tiles of originals."""
+"""Twin of `originals/triton.py`: attention over all originals of chosen heads; and over tiles, and pieces, of them."""
 
 from __future__ import annotations
 
@@ -43,8 +43,7 @@ def attend_tile_of_originals(
 def attend_originals(
     layer: jax.Array,  # [1] int32
     meta: jax.Array,  # [H, 3] int32
-    chosen: jax.Array,  # [H, NT or more] int32, 1 where a tile is read
-    some: jax.Array,  # [H] int32, 0 where none is: nothing is found of such a head (in the kernel: anything)
+    chosen: jax.Array,  # [H] int32, 0 where nothing is read (and nothing found; in the kernel: anything)
     q: Operands,
     keys: jax.Array,  # [L, H, N, d] bfloat16, in host memory or on the device
     values: jax.Array,  # [L, H, N, d] bfloat16
@@ -52,12 +51,12 @@ def attend_originals(
     splits: int = 1,
     alone: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """As `attend_tile_of_originals`, of the chosen tiles: [H, S, d, C], halves to be added up, and [H, S, 4, C], in
-    S = `splits` parts, programs that share the tiles of a head. `alone`: scores are not less the reference, which rests
-    on what is known of tier 1."""
+    """As `attend_tile_of_originals`, of all tokens of the chosen heads: [H, S, d, C], halves to be added up, and
+    [H, S, 4, C], in S = `splits` parts, programs that share the tiles of a head. `alone`: scores are not less the
+    reference, which rests on what is known of tier 1."""
     n = keys.shape[2]
     start = jnp.arange(n // TILE) * TILE
-    live = jnp.where(chosen[:, : n // TILE] > 0, meta[:, 2:] - start, 0)
+    live = jnp.where(chosen[:, None] > 0, meta[:, 2:] - start, 0)
     return _in_parts(layer, live, q, keys, values, splits, alone)
 
 

@@ -1,4 +1,4 @@
-"""Attention over chosen tiles of originals in Triton, read from host memory where they are.
+"""Attention over all originals of chosen heads in Triton, read from host memory where they are.
 
 Twin: `originals/reference.py`.
 """
@@ -14,7 +14,6 @@ from pallas_kernels.device_tiles import (
     HALF,
     PARTS,
     SHIFT_EXACT,
-    TILE,
     UNIT_EXACT,
     attend_tile_of_originals,
     nothing,
@@ -27,33 +26,31 @@ from pallas_kernels.launch import launch
 
 @triton.jit
 def _attend_originals(
-    layer, meta, chosen, some, wide, numbers, keys, values,  # inputs
+    layer, meta, chosen, wide, numbers, keys, values,  # inputs
     acc, sums,  # outputs
-    H: tl.constexpr, N: tl.constexpr, FLAGS: tl.constexpr, C: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
-    ALONE: tl.constexpr,
+    H: tl.constexpr, N: tl.constexpr, C: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     h, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    if tl.load(some + h) > 0:
+    if tl.load(chosen + h) > 0:
         head, length = tl.load(layer).to(tl.int64) * H + h, tl.load(meta + 3 * h + 2)
         q = query_parts(wide + (2 * h + 1) * PARTS * C * D, C, D, 0, D)
         unit = numbers_of(numbers, h, UNIT_EXACT, C)
         shift = tl.zeros_like(unit) if ALONE else numbers_of(numbers, h, SHIFT_EXACT, C)
         found = nothing(C, D)
-        for start in tl.range(split * HALF, tl.minimum(length, N), SPLITS * HALF):
-            if tl.load(chosen + h * FLAGS + start // TILE) == 1:
-                token = start + tl.arange(0, HALF)
-                at = (head * N + token)[:, None] * D + tl.arange(0, D)[None]
-                k, v = tl.load(keys + at), tl.load(values + at)
-                found = attend_tile_of_originals(k, v, token < length, q, unit, shift, found, C)
+        for start in tl.range(split * HALF, tl.minimum(length, N), SPLITS * HALF, num_stages=2):
+            token = tl.arange(0, HALF)
+            of = (head * N + start) * D + token[:, None] * D + tl.arange(0, D)[None]
+            k, v = tl.load(keys + of), tl.load(values + of)
+            found = attend_tile_of_originals(k, v, start + token < length, q, unit, shift, found, C)
         row = h * SPLITS + split
         store_found(found, acc + row * D * C, sums + row * 4 * C, C, D)
 
 
-def attend_originals(layer, meta, chosen, some, q, keys, values, *, splits: int, alone: bool = False):
+def attend_originals(layer, meta, chosen, q, keys, values, *, splits: int, alone: bool = False):
     heads, n, d = keys.shape[1:]
     columns = q.parts.shape[2]
     return launch(
-        _attend_originals, layer, meta, chosen, some, q.wide, q.numbers, keys, values,
+        _attend_originals, layer, meta, chosen, q.wide, q.numbers, keys, values,
         out=[jax.ShapeDtypeStruct((heads, splits, rows, columns), jnp.float32) for rows in (d, 4)],
-        grid=(heads, splits), H=heads, N=n, FLAGS=chosen.shape[1], C=columns, D=d, SPLITS=splits, ALONE=alone,
+        grid=(heads, splits), H=heads, N=n, C=columns, D=d, SPLITS=splits, ALONE=alone,
     )  # fmt: skip

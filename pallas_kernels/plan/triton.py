@@ -46,7 +46,6 @@ PROMOTED, WHOLE = tl.constexpr(lv.PROMOTED), tl.constexpr(lv.PROMOTED + 1)
 KEPT, ANEW, REDO = tl.constexpr(rc.KEPT), tl.constexpr(rc.ANEW), tl.constexpr(rc.REDO)
 
 CHUNK, LOOK, TILES_READ = lv.CHUNK, tl.constexpr(lv.LOOK), tl.constexpr(lv.TILES_READ)
-TILE = tl.constexpr(lv.TILE)
 AT_ONCE = tl.constexpr(8)
 """Promoted tiles whose pieces are chosen at once."""
 
@@ -202,7 +201,7 @@ def _level_at(costs, h, t, active, price, NT: tl.constexpr, HOST_FEE: tl.constex
 @triton.jit
 def _settle(
     costs, left, shares, weights, meta, asked, before, record, sound,  # inputs
-    words, counts, summary, held, dense, flags,  # outputs
+    words, counts, summary, held, dense,  # outputs
     HEADS: tl.constexpr, HEADS_UP: tl.constexpr, NT: tl.constexpr, FLAGS: tl.constexpr,
     N_CHUNKS: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, T: tl.constexpr, POOLED: tl.constexpr,
     HOST_FEE: tl.constexpr, PIECES: tl.constexpr, MAX_PROMOTED: tl.constexpr, LEAST: tl.constexpr,
@@ -211,13 +210,12 @@ def _settle(
     h, own = tl.program_id(0), tl.program_id(1)
     t = own * T + tl.arange(0, T)
     what, past = tl.load(asked + h), tl.load(before + h * FLAGS + t, mask=t < FLAGS, other=0)
-    first, end, length = tl.load(meta + h * 3), tl.load(meta + h * 3 + 1), tl.load(meta + h * 3 + 2)
+    first, end = tl.load(meta + h * 3), tl.load(meta + h * 3 + 1)
     row, col = tl.arange(0, HEADS_UP)[:, None], tl.arange(0, C)[None]
     of, shown = record + (h // HEADS * HEADS + row) * ROWS * C + col, (row < HEADS) & (col < GROUP)
     norm, passed = tl.load(of + NORM * C, mask=shown, other=0.0), tl.load(of + PASSED * C, mask=shown, other=1.0)
     verdict = 2 * checks_failed(norm, passed, tl.load(sound + h // HEADS))
     verdict = tl.where(what == REDO, tl.maximum(verdict, 1), verdict)  # dense, if nobody decides
-    tl.store(flags + h * FLAGS + t, ((t < NT) & (t * TILE < length) & (verdict > 0)).to(tl.int32), mask=t < FLAGS)
     if own == 0:
         tl.store(dense + h, verdict)
     active = (t >= first) & (t < end)
@@ -349,12 +347,11 @@ def choose(
     layer: jax.Array,  # [1] int32
     sound: jax.Array,  # [b] bool
     terms: Terms,
-) -> tuple[jax.Array, list[jax.Array], jax.Array, tuple[jax.Array, jax.Array]]:
+) -> tuple[jax.Array, list[jax.Array], jax.Array, jax.Array]:
     """What is asked for, `[H]` int32 (`judge.record`); how much a second pass reads of every tile, `[H, flags]` int32,
     with its `counts` `[H, COUNTS]` and the `summary` of chunks (`pallas_kernels.levels`), both 0 where it is not asked
-    for; the plan for the next step, `[H, flags]` int32; and where it is not asked for a verdict: on each head, `[H]`
-    int32 (0 stays, 1 dense, 2 dense as a check of its row failed), and the tiles that dense attention reads,
-    `[H, flags]` int32."""
+    for; the plan for the next step, `[H, flags]` int32; and where it is not asked for a verdict on each head, `[H]`
+    int32: 0 stays, 1 dense, 2 dense as a check of its row failed."""
     heads, n_tiles, _, columns = stats.shape
     chunks, flags, d = -(-n_tiles // CHUNK), before.shape[1], terms.d
     i32, f32 = jnp.int32, jnp.float32
@@ -375,14 +372,13 @@ def choose(
         REFRESH=terms.refresh, FLAGS=flags, **{x: contract[x] for x in ("RELATIVE_TO", "TOLERANCE")}, **common,
     )  # fmt: skip
     numbers = lv.length_of_summary(flags)
-    *fresh, held, dense, everything = launch(
+    *fresh, held, dense = launch(
         _settle, costs, left, shares, weights, meta, asked, before, record, sound,
         out=[
             *[jax.ShapeDtypeStruct((heads, n), i32) for n in (flags, COUNTS.value, numbers, flags)],
             jax.ShapeDtypeStruct((heads,), i32),
-            jax.ShapeDtypeStruct((heads, flags), i32),
         ],
         grid=(heads, -(-flags // CHUNK)), warps=4, FLAGS=flags, N_CHUNKS=chunks,
         MAX_PROMOTED=terms.max_promoted, LEAST=terms.least, **common,
     )  # fmt: skip
-    return asked, fresh, held, (dense, everything)
+    return asked, fresh, held, dense
