@@ -18,21 +18,21 @@ import jax.numpy as jnp
 
 from certjax import Policy, TieredKVCache
 from certjax.bench.attention import SHAPE
+from certjax.fused import dispatch
 from certjax.fused.attention import fused_naive
 from certjax.fused.chain import chained_attention
 from certjax.fused.operands import shared
-from pallas_kernels.dispatch import mosaic_kernels, triton_kernels
+from pallas_kernels import launch
 
 NO_KERNEL = ("parameter", "get-tuple-element", "bitcast", "tuple", "constant")
 LAYERS = 4
-KERNELS = {"mosaic_gpu": mosaic_kernels, "triton": triton_kernels}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--context", type=int, default=65536)
     parser.add_argument("--verbose", action="store_true", help="list the kernels")
-    parser.add_argument("--backend", default="mosaic_gpu", choices=KERNELS)
+    parser.add_argument("--backend", default="mosaic_gpu", choices=dispatch.COMPILED)
     parser.add_argument("--capability", default="9.0", help="of the GPU; others than 9.0 with --backend triton")
     args = parser.parse_args()
     device = h100.device(args.capability)
@@ -42,7 +42,8 @@ def main() -> None:
         lambda k, v: TieredKVCache.from_prefill(k, v, policy, capacity=args.context), originals, originals
     )
     q = jax.ShapeDtypeStruct((1, heads, group, d), jnp.float32)
-    kernels = KERNELS[args.backend](heads)
+    dispatch._device = lambda: ("gpu", args.capability)
+    kernels, launch.capability = dispatch.kernels_of(args.backend, heads), lambda: int(args.capability.replace(".", ""))
     sound = jnp.ones(1, bool)
     functions = {
         "certified": lambda q, c, *x: _packed(*chained_attention(q, c, x[0], policy, kernels, sound, x[1])[:3]),

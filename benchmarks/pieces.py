@@ -53,8 +53,10 @@ def _triton(n: int):
     from certjax.bench.attention import default_policy
     from certjax.fused.chain import chained_attention
     from pallas_kernels import dispatch, launch
+    from pallas_kernels.coarse import triton as coarse
+    from pallas_kernels.fine import triton as fine
+    from pallas_kernels.judge import dense
     from pallas_kernels.judge import triton as judging
-    from pallas_kernels.judge import verdict
     from pallas_kernels.plan import triton as planning
     from pallas_kernels.prepare import triton as preparing
 
@@ -68,7 +70,7 @@ def _triton(n: int):
     cache = jax.eval_shape(
         lambda k, v: TieredKVCache.from_prefill(k[None], v[None], policy, capacity=n), originals, originals
     )
-    modules = judging, verdict, planning, preparing
+    modules = judging, dense, planning, preparing, coarse, fine
     for module in modules:
         module.launch = record
     jax.eval_shape(

@@ -63,6 +63,13 @@ def product(a, b):
 
 
 @triton.jit
+def add(product, x):
+    """`product + x`, of which Triton would otherwise make a product that is accumulated on top of `x`, by a matrix unit
+    that cuts off what it adds to a large number."""
+    return tl.fma(product, tl.full(product.shape, 1.0, tl.float32), x)
+
+
+@triton.jit
 def nearest(x):
     """The integer closest to `x`, `|x| < 2^22`, ties to even."""
     return (x + 12582912.0) - 12582912.0
@@ -100,3 +107,10 @@ def growth_up(x):
     """`(e^x - 1) / x`, `x >= 0`, as `certjax.fused.bound.growth_up`; finite beyond MAX_DELTA."""
     x = least(x, MAX_DELTA)
     return exp_up(x * (0.5 + x * (1 / 24)))
+
+
+@triton.jit
+def is_last(arrived, N: tl.constexpr):
+    """Whether this is the last of N programs to count itself in `arrived`: it sees what the others have stored."""
+    tl.debug_barrier()  # of this program, all threads have
+    return tl.atomic_add(arrived, 1, sem="acq_rel") == N - 1

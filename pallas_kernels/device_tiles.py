@@ -35,8 +35,9 @@ def add_product(acc, a, b):
 
 @triton.jit
 def together(high, middle, low):
-    """As `query.together`."""
-    return (high.to(tl.float32) * 256 + middle.to(tl.float32)) * 256 + low.to(tl.float32)
+    """As `query.together`. (Not by `+`, see `device_math.add`.)"""
+    unit = tl.full(high.shape, 256.0, tl.float32)
+    return tl.fma(tl.fma(high.to(tl.float32), unit, middle.to(tl.float32)), unit, low.to(tl.float32))
 
 
 @triton.jit
@@ -132,8 +133,9 @@ def _add_channels(acc, packed, weights, WIDTH: tl.constexpr, UNIT: tl.constexpr)
 @triton.jit
 def store_channels(to, acc, C: tl.constexpr, D: tl.constexpr):
     """`acc` of `add_values` at `to` [D, C]."""
+    at = tl.arange(0, CHANNELS)[:, None] * C + tl.arange(0, C)[None]
     for i in tl.static_range(D // CHANNELS):
-        store_values(to + i * CHANNELS * C, acc[i], C, CHANNELS)
+        tl.store(to + i * CHANNELS * C + at, acc[i])
 
 
 @triton.jit
@@ -180,15 +182,10 @@ def attend_tile_of_originals(k, v, seen, parts, unit, shift, found, C: tl.conste
     product = add_product(tl.zeros_like(acc), tl.trans(v), in_two_halves(w, C))
     k, v = k.to(tl.float32), v.to(tl.float32)
     return (
-        acc * shrink[None] + product, total * shrink + tl.sum(w, 0), most(longest_key, tl.max(tl.sum(k * k, 1), 0)),
+        tl.fma(acc, tl.broadcast_to(shrink[None], acc.shape), product),  # not by `+`, see `device_math.add`
+        total * shrink + tl.sum(w, 0), most(longest_key, tl.max(tl.sum(k * k, 1), 0)),
         most(longest_value, tl.max(tl.sum(v * v, 1), 0)), higher,
     )  # fmt: skip
-
-
-@triton.jit
-def store_values(to, values, C: tl.constexpr, D: tl.constexpr):
-    """At `to` [D, C]."""
-    tl.store(to + tl.arange(0, D)[:, None] * C + tl.arange(0, C)[None], values)
 
 
 @triton.jit
@@ -196,7 +193,7 @@ def store_found(found, acc, sums, C: tl.constexpr, D: tl.constexpr):
     """At `acc` [D, C] and `sums` [4, C]."""
     values, total, longest_key, longest_value, peak = found
     column = tl.arange(0, C)
-    store_values(acc, values, C, D)
+    tl.store(acc + tl.arange(0, D)[:, None] * C + column[None], values)
     tl.store(sums + column, total)
     tl.store(sums + C + column, longest_key)
     tl.store(sums + 2 * C + column, longest_value)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from certjax import Policy
+from certjax.fused.dispatch import kernels_of_device
 
 SHAPE = dict(batch=16, n_kv_heads=2, group=4, capacity=160, head_dim=32)
 """One static shape, so that every draw reuses the compiled program: 128 head-steps a call."""
@@ -93,7 +94,7 @@ DTYPES = {"float16": jnp.float16, "bfloat16": jnp.bfloat16}
 PLAIN = dict(codec="int8_int4", annotations="bfloat16", spectral=False, skip_values=False)
 """The paper's format under the budget policy, without what is our own."""
 
-FUSED = dict(block_size=128, backend="mosaic_gpu" if jax.devices()[0].platform == "gpu" else "reference")
+FUSED = dict(block_size=128, backend=kernels_of_device() if jax.devices()[0].platform == "gpu" else "reference")
 """The kernels where there is a GPU for them, their twins elsewhere."""
 
 POLICIES = {

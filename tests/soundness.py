@@ -197,6 +197,8 @@ def main() -> None:
             parser.error("--chain is for machines without a GPU; this one's runs the compiled kernels, leave it out.")
         interpret_chain(args.triton)
     elif args.triton:
+        if jax.default_backend() != "gpu":
+            parser.error("--triton needs a GPU, or --chain, which interprets its kernels.")
         for name, policy in adv.POLICIES.items():
             if policy.backend == "mosaic_gpu":
                 adv.POLICIES[name] = dataclasses.replace(policy, backend="triton")

@@ -6,6 +6,7 @@ Without a GPU Triton's kernels are interpreted (`conftest.py`) and the others ar
 import dataclasses
 import functools
 import os
+import re
 import subprocess
 import sys
 
@@ -20,6 +21,7 @@ from certjax.fused import operands as ops
 from certjax.fused.append import token_of, with_windows
 from certjax.fused.attention import fused_attention
 from certjax.fused.chain import chained_attention
+from certjax.fused.dispatch import kernels_of, kernels_of_device
 from certjax.fused.ladder import heads_to_give_up
 from certjax.fused.project import in_kernels
 from pallas_kernels import dispatch
@@ -68,7 +70,7 @@ def problem(d: int):
 def step(attend, q, cache, policy, sound=(True, True), seen=None, layer=1):
     """Output, certificate and the plan after it; the plans that are read by, and their counts, go to the list
     `seen`: that of the step before, and a new one."""
-    plain = kernels = dispatch.mosaic_kernels(B * H) if ON_GPU else dispatch.reference_kernels()
+    plain = kernels = kernels_of(kernels_of_device(), B * H) if ON_GPU else dispatch.reference_kernels()
 
     def recorded(kernel):
         def attend(layer, words, counts, *rest):
@@ -257,8 +259,15 @@ import jax, jax.numpy as jnp
 from certjax import Policy
 from certjax.fused.chain import chained_attention
 from certjax.fused.project import in_kernels
+from pallas_kernels import launch
 from pallas_kernels.dispatch import mosaic_kernels, triton_kernels
-from tests.test_chain import B, GROUPS, H, problem
+from tests.test_chain import B, GROUPS, H, accumulated, problem
+translated, found = launch._translated, set()
+def recorded(kernel, *rest):
+    text = translated(kernel, *rest)
+    found.update((onto, kernel.__name__) for onto in accumulated(text))
+    return text
+launch._translated = recorded
 for d, kernels in [(d, f(B * H)) for f in (mosaic_kernels, triton_kernels) for d in GROUPS]:
     policy = Policy.budget(0.05, block_size=128)
     q, cache = (jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), x) for x in problem(d)[::-1])
@@ -273,13 +282,34 @@ for d, kernels in [(d, f(B * H)) for f in (mosaic_kernels, triton_kernels) for d
     for stored in (token, None):
         text = jax.jit(f).trace(q, cache, w, stored).lower(lowering_platforms=("cuda",)).as_text()
         print(text.count("custom_call @__gpu$xla.gpu.triton"), text.count("mosaic_gpu_v2"))
+for onto in ("sum", "product"):
+    print(*sorted(name for what, name in found if what == onto))
 """
     environment = os.environ | {"TRITON_INTERPRET": "0", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
+    *counts, on_sums, on_products = done.stdout.strip().splitlines()
+    # Bounds know of no other than these: integers that are exact, and a projection, which no bound speaks of; both
+    # halves of a tile's values, and estimates.
+    assert on_sums.split() == ["_prepare", "_prepare_and_append", "_project", "_project_again"]
+    of_prepare = "_prepare", "_prepare_and_append"
+    assert on_products.split() == ["_attend_coarse", "_attend_fine", "_offer", *of_prepare, "_scan_tiles"]
     # In Triton, too: both parts of a second pass, dense heads. All that the plan of the step before asks for is one
     # kernel on Mosaic, or two.
-    assert done.stdout.split() == ["11", "1"] * 2 * len(GROUPS) + ["13", "0"] * 2 * len(GROUPS), done.stdout
+    assert counts == ["10 1"] * 2 * len(GROUPS) + ["12 0"] * 2 * len(GROUPS), done.stdout
+
+
+def accumulated(text: str) -> set[str]:
+    """What float products in Triton's intermediate language are accumulated on: a "sum", or another "product". (Triton
+    makes `x + product` one of those: a matrix unit then cuts off what it adds to a large `x`.)"""
+    defined, found = {}, set()  # names come again in other blocks: the last before it is what a line speaks of
+    for name, line in re.findall(r"^\s*(%\w+)(?::\d+)? = (.*)$", text, re.M):
+        defined[name] = line
+        if line.startswith("tt.dot") and line.endswith("xf32>"):
+            onto = defined.get(re.findall(r"%\w+", line)[2], "an argument of a loop")
+            if not re.match(r"arith.constant dense<0.0+e\+00>", onto):
+                found.add("product" if onto.startswith("tt.dot") else "sum")
+    return found
 
 
 @pytest.mark.parametrize("attend", [chained_attention, fused_attention])

@@ -12,6 +12,7 @@ import pytest
 
 from certjax import Policy, TieredKVCache, decode
 from certjax.fused.chain import chained_attention
+from certjax.fused.dispatch import kernels_of, kernels_of_device
 from certjax.fused.ladder import allotted
 from certjax.models.llama.modeling import init_params
 from pallas_kernels import dispatch
@@ -32,7 +33,7 @@ EVERY = pytest.mark.parametrize("name", POLICIES)
 
 
 def kernels():
-    return dispatch.mosaic_kernels(B * H) if ON_GPU else dispatch.reference_kernels()
+    return kernels_of(kernels_of_device(), B * H) if ON_GPU else dispatch.reference_kernels()
 
 
 def as_the_kernels_leave_it(plain: dispatch.Kernels) -> dispatch.Kernels:

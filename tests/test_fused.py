@@ -90,9 +90,10 @@ def test_back_end_that_does_not_cover_the_policy_is_refused(policy, words):
 @pytest.mark.parametrize("device, kernels, words", [
     (("cpu", ""), "mosaic_gpu", "the device is a cpu"),
     (("cpu", ""), "triton", "the device is a cpu"),
-    (("gpu", "8.0"), "mosaic_gpu", r"capability 8.0, the kernels on Mosaic need 9.0"),
-    (("gpu", "12.0"), "mosaic_gpu", r"capability 12.0, the kernels on Mosaic need 9.0"),
-    (("gpu", "7.5"), "triton", r"capability 7.5, the kernels need 8.0"),
+    (("gpu", "8.0"), "mosaic_gpu", r"capability '8.0', the kernels on Mosaic need 9.0"),
+    (("gpu", "12.0"), "mosaic_gpu", r"capability '12.0', the kernels on Mosaic need 9.0"),
+    (("gpu", "7.5"), "triton", r"capability '7.5', the kernels need NVIDIA's 8.0"),
+    (("gpu", "gfx942"), "triton", r"capability 'gfx942', the kernels need NVIDIA's 8.0"),
 ])  # fmt: skip
 def test_kernels_are_refused_without_their_device(monkeypatch, device, kernels, words):
     monkeypatch.setattr("certjax.fused.dispatch._device", lambda: device)
@@ -102,11 +103,14 @@ def test_kernels_are_refused_without_their_device(monkeypatch, device, kernels, 
 
 @pytest.mark.parametrize("device, kernels, words", [
     (("cpu", ""), "xla", "the device is a cpu"),
-    (("gpu", "7.5"), "xla", "capability 7.5"),
+    (("gpu", "7.5"), "xla", "capability '7.5'"),
+    (("gpu", "gfx942"), "xla", "capability 'gfx942'"),
+    (("gpu", ""), "xla", "capability ''"),
     (("gpu", "8.0"), "triton", "capability 8.0"),
     (("gpu", "8.9"), "triton", "capability 8.9"),
     (("gpu", "9.0"), "mosaic_gpu", "capability 9.0"),
-    (("gpu", "12.0"), "triton", "capability 12.0"),
+    (("gpu", "10.3"), "triton", "capability 10.3"),
+    (("gpu", "12.1"), "triton", "capability 12.1"),
 ])  # fmt: skip
 def test_the_device_decides_on_the_kernels(monkeypatch, device, kernels, words):
     pytest.importorskip("triton")

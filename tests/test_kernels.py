@@ -1,4 +1,5 @@
-"""The kernels of the fused path: twins against the codec and float64, and lowering of the Mosaic kernels for CUDA.
+"""The kernels of the fused path: twins against the codec and float64, those on Mosaic against their twins, and lowering
+of them for CUDA. (Those in Triton: `test_triton_kernels.py`.)
 
 On a GPU `pytest -m gpu` compares the compiled kernels with their twins.
 """
@@ -14,7 +15,7 @@ import pytest
 
 from certjax import Policy, TieredKVCache, decode, programs
 from certjax.fused import operands as ops
-from certjax.fused.attention import additions_of
+from certjax.fused.attention import additions_of, per_program_of
 from certjax.models.llama.config import LlamaConfig
 from certjax.models.llama.modeling import init_params
 from certjax.sampling import Sampling
@@ -281,12 +282,24 @@ def test_interpreted_scan_with_programs_that_have_something_else_to_do(splits, r
 
 
 @pytest.mark.parametrize("heads", [1, 7, 8, 16, 33, 64, 256])
-def test_roundings_of_uneven_shares_are_counted(heads):
-    """Two a tile of a program's, and one a part that is added to others."""
-    kernels = mosaic(heads)
+@pytest.mark.parametrize("back_end", ["mosaic_gpu", "triton", "triton on a small GPU"])
+def test_roundings_of_uneven_shares_are_counted(back_end, heads):
+    """Two a tile of a program's, and one a part that is added to others; and as many halves of tiles as one reads."""
+    pytest.importorskip("triton")
+    if back_end == "mosaic_gpu":
+        kernels = dispatch.mosaic_kernels(heads)
+    else:
+        kernels = dispatch.triton_kernels(heads, *((24, 100) if "small" in back_end else ()))
+    scan, coarse, fine, dense = (
+        getattr(kernels, name).keywords["splits"] for name in ("scan", "coarse", "fine_again", "originals")
+    )
     for n_tiles in range(1, 2049):
-        tiles = -(-n_tiles // kernels.scan.keywords["splits"]) + MOST_AHEAD
-        assert additions_of(n_tiles, kernels) >= 2 * tiles + kernels.splits
+        counted = additions_of(n_tiles, kernels)
+        assert counted >= 2 * (-(-n_tiles // scan) + kernels.uneven) + kernels.splits
+        assert counted >= 2 * -(-n_tiles // coarse) + kernels.splits
+        for refining in range(1, min(fine, n_tiles) + 1):  # whose tiles may all be one program's
+            assert counted >= 2 * min(refining, -(-n_tiles // refining)) + kernels.splits
+        assert per_program_of(n_tiles, kernels.fewest_dense) >= -(-2 * n_tiles // dense)
 
 
 def test_every_tile_is_dealt_to_one_program():
@@ -313,6 +326,10 @@ def test_every_tile_is_dealt_to_one_program():
 
 @pytest.mark.parametrize("n_tiles", [134, 270])
 def test_interpreted_fine_finds_its_tiles_in_every_chunk(n_tiles):
+    check_every_chunk(n_tiles, functools.partial(mosaic(SLOTS // 4).fine, interpret=interpreted()))
+
+
+def check_every_chunk(n_tiles: int, kernel):
     """Tiles at the ends of chunks of 128, and behind an empty one; words in one row, and in two, the second of which
     goes beyond the summary."""
     d = 64
@@ -331,7 +348,6 @@ def test_interpreted_fine_finds_its_tiles_in_every_chunk(n_tiles):
             x.index, words, lv.counts_of(words, x.active, jnp.zeros(1, bool)), lv.summary_of(words, d), q, x.keys,
             x.keys_low, x.key_scale, x.values, x.values_low, x.value_scale, x.nu, x.host_keys, x.host_values,
         )  # fmt: skip
-        kernel = functools.partial(mosaic(SLOTS // 4).fine, interpret=interpreted())
         acc, stats, *host = jax.jit(kernel)(*jax.tree.map(np.asarray, arguments))
         want, want_stats, *want_host = dispatch.reference_kernels().fine(*arguments)
         left = np.asarray(lv.level_of_rest(words, d)) == lv.FINEST

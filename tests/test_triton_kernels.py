@@ -1,5 +1,7 @@
 """The big steps' kernels in Triton: against their twins, and in a chain. Without a GPU they are interpreted."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from certjax.fused.chain import chained_attention
 from pallas_kernels import dispatch
 from tests.oracle import f64
 from tests.test_chain import POLICIES, exact, problem
-from tests.test_kernels import EVERY, KERNELS, B, H, check_against_twin, found_by
+from tests.test_kernels import EVERY, KERNELS, B, H, check_against_twin, check_every_chunk, found_by
 
 pytest.importorskip("triton", reason="Triton's interpreter, or Triton for the GPU, is not installed")
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -30,6 +32,13 @@ def test_scan_with_less_memory_equals_its_twin(shared):
     kernels = dispatch.triton_kernels(B * H, PROCESSORS, shared)
     assert not kernels.scan.keywords["ahead"]
     check_against_twin(128, "scan", kernels.scan)
+
+
+@pytest.mark.parametrize("n_tiles", [134, 270])
+@pytest.mark.parametrize("splits, readers", [(1, 1), (12, 8)])
+def test_fine_finds_its_tiles_in_every_chunk(n_tiles, splits, readers):
+    kernel = dispatch.triton_kernels(1).fine.func
+    check_every_chunk(n_tiles, functools.partial(kernel, splits=splits, readers=readers))
 
 
 @pytest.mark.gpu

@@ -282,9 +282,9 @@ def judge(found: Pass, queries: Queries, layer: Layer, reads: jax.Array, additio
 
 
 def summed(additions: int) -> float:
-    """Relative error of a sum of values over tiles: weights in two halves, accumulations of the matrix unit in both
-    planes of a tile, and float32 roundings."""
-    return 2.0**-17 + 2 * TILE // num.PRODUCTS * TENSOR_UNIT + num.gamma(additions)
+    """Relative error of a sum of values over tiles: weights in two halves, accumulations of the matrix unit over a
+    tile, and float32 roundings."""
+    return 2.0**-17 + TILE // num.PRODUCTS * TENSOR_UNIT + num.gamma(additions)
 
 
 def summing(d: int, additions: int, depth: int) -> float:

@@ -1,8 +1,8 @@
 """The step of `certjax.fused.attention` with nothing between its kernels: what XLA would do there in fifty small ones,
-Triton kernels do in six.
+Triton kernels do in five.
 
 They hand each other what they found in global memory: prepare, scan, judge, plan; coarse, fine, and judge again (which
-do nothing where the plan of the step before has served); dense, finish. What is done next with the output begins with
+do nothing where the plan of the step before has served); dense. What is done next with the output begins with
 the candidate, beside all that comes after judge. What each of the small ones computes is written in `jnp` in
 `operands`, `bound`, `plan` and `ladder`, its twins.
 """
@@ -46,9 +46,9 @@ def chained_attention(
 
     `again`: by default the output is projected whatever the candidate was projected to.
     """
+    from pallas_kernels.judge import dense as dn
     from pallas_kernels.judge import record as rc
     from pallas_kernels.judge import triton as judging
-    from pallas_kernels.judge import verdict as vd
     from pallas_kernels.judge.contract import Contract
     from pallas_kernels.judge.tally import tiles_and_parts
     from pallas_kernels.plan import triton as planning
@@ -117,14 +117,14 @@ def chained_attention(
     originals = ops.originals_of(cache)
     values = kernels.coarse(index, words, counts, weights, x.values, x.values_low)
     fine = kernels.fine_again(index, words, counts, summary, operands, *tier1, *originals)
-    out, record, verdict = judging.judge_again(
+    out, record, verdict, arrived = judging.judge_again(
         found(words, counts, summary, values, *fine), of_layer, asked, verdict, out, record, arrived, sound, rounding,
         contract, canary=policy.canary,
     )  # fmt: skip
-    dense = kernels.originals(index, meta, verdict, operands, *originals, alone=True)
-    out, record, revised = vd.finish(
-        verdict, asked, dense, facts, out, record, of_dense, capacity=cache.capacity, reads=halves
-    )
+    out, record, revised = dn.go_dense(
+        index, meta, verdict, asked, operands, originals, facts, out, record, arrived, of_dense,
+        splits=kernels.fewest_dense, reads=halves,
+    )  # fmt: skip
     y = project(out.reshape(q.shape)) if again is None else again(y, out.reshape(q.shape), revised)
     rows = record[:, :, :group].reshape(batch, n_heads, -1, group)
     reads = plan[1:], (counts, summary)

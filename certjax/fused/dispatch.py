@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 
 import jax
 
@@ -50,7 +51,7 @@ def pick_backend(
     """
     obstacles = _obstacles(policy, cache, n_query_heads)
     wanted = policy.backend
-    kernels = wanted if wanted in COMPILED else "mosaic_gpu" if _is_hopper(_device()[1]) else "triton"
+    kernels = wanted if wanted in COMPILED else kernels_of_device()
     device = _device_obstacle(kernels)
     if wanted in FUSED:
         against = obstacles + ([device] if wanted in COMPILED and device else [])
@@ -78,20 +79,32 @@ def chained(policy: Policy, kernels: Kernels) -> bool:
     return kernels.chained and policy.tolerance is not None
 
 
+def kernels_of_device() -> str:
+    """The back end that is made for the device, if any is."""
+    return "mosaic_gpu" if _capability()[0] == HOPPER else "triton"
+
+
 def _device() -> tuple[str, str]:
-    """Platform and compute capability of the device, the latter empty where there is no GPU."""
+    """Platform and compute capability of the device."""
     device = jax.devices()[0]
     return device.platform, str(getattr(device, "compute_capability", ""))
+
+
+def _capability() -> tuple[int, int]:
+    """Compute capability of a GPU of NVIDIA's; 0, 0 of anything else."""
+    found = re.fullmatch(r"(\d+)\.(\d+)", _device()[1])
+    return tuple(int(x) for x in found.groups()) if found else (0, 0)
 
 
 def _device_obstacle(kernels: str) -> str | None:
     platform, capability = _device()
     if platform != "gpu":
         return f"the device is a {platform}"
-    if kernels == "mosaic_gpu" and not _is_hopper(capability):
-        return f"the GPU has compute capability {capability}, the kernels on Mosaic need {HOPPER}.0 (Hopper)"
-    if float(capability) < AMPERE:
-        return f"the GPU has compute capability {capability}, the kernels need {AMPERE}.0 (Ampere) or newer"
+    major, _ = _capability()
+    if major < AMPERE:
+        return f"the GPU has compute capability {capability!r}, the kernels need NVIDIA's {AMPERE}.0 (Ampere) or newer"
+    if kernels == "mosaic_gpu" and major != HOPPER:
+        return f"the GPU has compute capability {capability!r}, the kernels on Mosaic need {HOPPER}.0 (Hopper)"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed, which `pip install certjax[gpu]` does"
     return None
@@ -99,11 +112,7 @@ def _device_obstacle(kernels: str) -> str | None:
 
 def _shared_memory() -> int:
     """KB that the programs on a processor share (CUDA C++ Programming Guide, table of compute capabilities)."""
-    return {"8.0": 164, "8.7": 164, "9.0": 228, "10.0": 228, "10.3": 228}.get(_device()[1], 100)
-
-
-def _is_hopper(capability: str) -> bool:
-    return capability.split(".")[0] == str(HOPPER)
+    return {(8, 0): 164, (8, 7): 164, (9, 0): 228, (10, 0): 228, (10, 3): 228}.get(_capability(), 100)
 
 
 def _obstacles(policy: Policy, cache: TieredKVCache, n_query_heads: int) -> list[str]:

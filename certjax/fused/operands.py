@@ -206,7 +206,7 @@ class Queries:
 ROOM = 40.0
 """Weights may grow to `e^ROOM`, so that sums of their squares stay below the largest float32 (docs/kernels.md)."""
 
-TENSOR_UNIT = 2.0**-22
+TENSOR_UNIT = 10 * num.U
 """Allowance for one accumulation of the matrix unit, relative to the sum of magnitudes (docs/kernels.md, A5)."""
 
 VANISHED = 2.0**-62
@@ -273,7 +273,7 @@ def prepare(q: jax.Array, layer: Layer) -> Queries:
     evaluated = 32 * num.U * size + 2 * num.gamma(d + 4) * summed + num.EXP_RELATIVE_ERROR
     # `total` is that of the query before it was made fixed-point, which counts for less than a tenth.
     inexact = (1.1 * turned.error + 8 * num.U * length) * (d**-0.5 * num.NORM_SLACK)
-    tensor = (d // num.PRODUCTS + 8) * 2 * TENSOR_UNIT * norm
+    tensor = 1.5 * (d // num.PRODUCTS) * TENSOR_UNIT * norm
     # A query that is not finite has no scores, and no output: fixed point would hide it.
     unit_exact = jnp.where(jnp.isfinite(largest), plain.scale * per_log, jnp.nan)
     rows = {

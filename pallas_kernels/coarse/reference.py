@@ -1,4 +1,4 @@
-"""Twin of `coarse/mosaic.py`: values of chosen tiles, with the weights that the scan left."""
+"""Twin of `coarse/triton.py`: values of chosen tiles, with the weights that the scan left."""
 
 from __future__ import annotations
 

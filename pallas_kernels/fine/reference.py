@@ -1,4 +1,5 @@
-"""Twin of `fine/mosaic.py`: chosen tiles with both planes of keys and values, and pieces of originals."""
+"""Twin of `fine/mosaic.py` and `fine/triton.py`: chosen tiles with both planes of keys and values, and pieces of
+originals."""
 
 from __future__ import annotations
 

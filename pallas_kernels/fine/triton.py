@@ -149,12 +149,13 @@ def _attend_fine(
     head = tl.load(layer).to(tl.int64) * H + h
     # As in `levels.at_work`.
     reading, refining = tl.minimum(n_promoted, READERS), tl.minimum(n_tiles, SPLITS)
-    if program < reading:
-        row = h * READERS + program
-        _read_pieces(
-            h, program, reading, head, words, wide, numbers, host_keys, host_values, host_acc + row * D * C,
-            host_sums + row * 4 * C, NT, FLAGS, C, D, SIZE,
-        )  # fmt: skip
+    if READERS > 0:  # noqa: SIM102, which the compiler knows
+        if program < reading:
+            row = h * READERS + program
+            _read_pieces(
+                h, program, reading, head, words, wide, numbers, host_keys, host_values, host_acc + row * D * C,
+                host_sums + row * 4 * C, NT, FLAGS, C, D, SIZE,
+            )  # fmt: skip
     number = program - READERS
     if (number >= 0) & (number < refining):
         _refine(

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from pallas_kernels import levels as lv
 from pallas_kernels import numerics as num
-from pallas_kernels.device_math import MAX_DELTA, exp_up, expm1_up, least, most, no_nan, product, rounded
+from pallas_kernels.device_math import MAX_DELTA, add, exp_up, expm1_up, least, most, no_nan, product, rounded
 from pallas_kernels.judge.join import FROM_ALL, FROM_WINDOWS, KEY, VALUE
 from pallas_kernels.judge.record import (
     DELTA_MAX,
@@ -44,7 +44,7 @@ def _turned_back(y, signs):
     high = rounded(y)
     middle = rounded(y - high)
     low = rounded(y - high - middle)
-    return product(signs, high) + (product(signs, middle) + product(signs, low))
+    return add(product(signs, high), add(product(signs, middle), product(signs, low)))
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""What judge hands on to plan, itself and finish, and the constants of rounding that it takes."""
+"""What judge hands on to plan, itself and dense heads, and the constants of rounding that it takes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ from pallas_kernels.tile_facts import SLACK
 ROWS = tl.constexpr(16)
 """Of a head's record: what a candidate came to, of which four are for the plan after it; and the norm and the bound of
 what is returned, the candidate's or those of dense attention."""
+
+FIRST, AGAIN, OF_ROWS, OF_DENSE = (tl.constexpr(i) for i in range(4))
+ARRIVALS = 4
+"""Rows of `arrived`, by which programs of a head, or heads of a row, count themselves: those that judge a first and a
+second pass, heads that have been judged twice, and programs that read a dense head."""
 
 KEPT, ANEW, REDO = range(3)
 """What comes of a plan: it serves the next step, too; one is made anew for the next step; or for this one, which is

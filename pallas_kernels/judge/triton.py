@@ -17,24 +17,18 @@ import triton.language as tl
 
 from pallas_kernels import levels as lv
 from pallas_kernels import numerics as num
+from pallas_kernels.device_math import is_last
 from pallas_kernels.judge import record as rc
 from pallas_kernels.judge.bound import judge_head
 from pallas_kernels.judge.contract import Contract
 from pallas_kernels.judge.join import CHANNELS, join_channels
-from pallas_kernels.judge.record import PASSED, ROWS, Rounding
+from pallas_kernels.judge.record import AGAIN, FIRST, OF_ROWS, PASSED, ROWS, Rounding
 from pallas_kernels.judge.tally import ADDED, tally_tiles, tiles_and_parts
 from pallas_kernels.judge.verdict import decide_row
 from pallas_kernels.launch import launch
 from pallas_kernels.tile_facts import NOTES
 
 REDO = tl.constexpr(rc.REDO)
-
-
-@triton.jit
-def _last(arrived, N: tl.constexpr):
-    """Whether this is the last of N programs to count itself in `arrived`: it sees what the others have stored."""
-    tl.debug_barrier()  # of this program, all threads have
-    return tl.atomic_add(arrived, 1, sem="acq_rel") == N - 1
 
 
 @triton.jit
@@ -78,7 +72,7 @@ def _judge(
         window_acc, window_sums, host_acc, host_sums, counts, facts, meta, layer, sums, kappa_max, joined, exact_sums,
         H, NT, FLAGS, PARTS, C, D, T, ALL_PIECES, S, FINE_S, W, P, CHANNELS, HIGHEST,
     )  # fmt: skip
-    if _last(arrived + h, PARTS + D // CHANNELS):
+    if is_last(arrived + FIRST * H + h, PARTS + D // CHANNELS):
         judge_head(
             h, sums, kappa_max, joined, exact_sums, summary, facts, largest_of_head, value_centre, turn, layer,
             out, record, tl.full((C,), 1.0, tl.float32), H, NT, PARTS, PARTS_UP, C, D, ROOT, VANISHED, SPLIT, TURNING,
@@ -109,7 +103,7 @@ def _judge_again(
             window_acc, window_sums, host_acc, host_sums, counts, facts, meta, layer, sums, kappa_max, joined,
             exact_sums, H, NT, FLAGS, PARTS, C, D, T, ALL_PIECES, S, FINE_S, W, P, CHANNELS, HIGHEST,
         )  # fmt: skip
-        if _last(arrived + H + h, PARTS + D // CHANNELS):
+        if is_last(arrived + AGAIN * H + h, PARTS + D // CHANNELS):
             passed = tl.load(record + (h * ROWS + PASSED) * C + tl.arange(0, C))
             judge_head(
                 h, sums, kappa_max, joined, exact_sums, summary, facts, largest_of_head, value_centre, turn, layer,
@@ -117,7 +111,7 @@ def _judge_again(
                 INFLATE, EXP_RELATIVE_ERROR, CANARY, BLOCKS, BLOCKS_UP, GROUP,
             )  # fmt: skip
             batch = h // HEADS
-            if _last(arrived + 2 * H + batch, HEADS):
+            if is_last(arrived + OF_ROWS * H + batch, HEADS):
                 decide_row(
                     batch, record, counts, sound, dense, HEADS, HEADS_UP, GROUP, C, RELATIVE_TO, TOLERANCE, POOLED
                 )
@@ -166,7 +160,7 @@ def judge(
 def judge_again(
     found: Found, layer: Layer, asked: jax.Array, verdict: jax.Array, out: jax.Array,
     record: jax.Array, arrived: jax.Array, sound: jax.Array, rounding: Rounding, contract: Contract, *, canary: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """`out` and `record` of `judge` and the verdict of `plan.choose`, where a second pass was `asked` for what that
     found. `sound`: [b] bool."""
     adding, arrays, _, constants = _of_heads(found, layer, rounding, out.shape[1], canary)
@@ -176,7 +170,7 @@ def judge_again(
         _judge_again, *inputs, out=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
         in_place={len(inputs) - i: len(outputs) - i for i in range(1, 5)}, **constants, **contract.constants,
     )  # fmt: skip
-    return out, record, dense
+    return out, record, dense, arrived
 
 
 def _of_heads(found: Found, layer: Layer, rounding: Rounding, group: int, canary: bool):

@@ -25,25 +25,34 @@ from pallas_kernels.launch import launch
 
 
 @triton.jit
+def attend_head(
+    h, split, layer, meta, wide, numbers, keys, values,  # inputs
+    acc, sums,  # outputs
+    H: tl.constexpr, N: tl.constexpr, C: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, ALONE: tl.constexpr,
+):  # fmt: skip
+    """What program `split` of SPLITS does for a head: attend to its share of all tokens."""
+    head, length = tl.load(layer).to(tl.int64) * H + h, tl.load(meta + 3 * h + 2)
+    q = query_parts(wide + (2 * h + 1) * PARTS * C * D, C, D, 0, D)
+    unit = numbers_of(numbers, h, UNIT_EXACT, C)
+    shift = tl.zeros_like(unit) if ALONE else numbers_of(numbers, h, SHIFT_EXACT, C)
+    found, token = nothing(C, D), tl.arange(0, HALF)
+    for start in tl.range(split * HALF, tl.minimum(length, N), SPLITS * HALF, num_stages=2):
+        of = (head * N + start) * D + token[:, None] * D + tl.arange(0, D)[None]
+        k, v = tl.load(keys + of), tl.load(values + of)
+        found = attend_tile_of_originals(k, v, start + token < length, q, unit, shift, found, C)
+    row = h * SPLITS + split
+    store_found(found, acc + row * D * C, sums + row * 4 * C, C, D)
+
+
+@triton.jit
 def _attend_originals(
     layer, meta, chosen, wide, numbers, keys, values,  # inputs
     acc, sums,  # outputs
     H: tl.constexpr, N: tl.constexpr, C: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
-    h, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    h, split = tl.program_id(0), tl.program_id(1)
     if tl.load(chosen + h) > 0:
-        head, length = tl.load(layer).to(tl.int64) * H + h, tl.load(meta + 3 * h + 2)
-        q = query_parts(wide + (2 * h + 1) * PARTS * C * D, C, D, 0, D)
-        unit = numbers_of(numbers, h, UNIT_EXACT, C)
-        shift = tl.zeros_like(unit) if ALONE else numbers_of(numbers, h, SHIFT_EXACT, C)
-        found = nothing(C, D)
-        for start in tl.range(split * HALF, tl.minimum(length, N), SPLITS * HALF, num_stages=2):
-            token = tl.arange(0, HALF)
-            of = (head * N + start) * D + token[:, None] * D + tl.arange(0, D)[None]
-            k, v = tl.load(keys + of), tl.load(values + of)
-            found = attend_tile_of_originals(k, v, start + token < length, q, unit, shift, found, C)
-        row = h * SPLITS + split
-        store_found(found, acc + row * D * C, sums + row * 4 * C, C, D)
+        attend_head(h, split, layer, meta, wide, numbers, keys, values, acc, sums, H, N, C, D, SPLITS, ALONE)
 
 
 def attend_originals(layer, meta, chosen, q, keys, values, *, splits: int, alone: bool = False):

@@ -13,6 +13,7 @@ from pallas_kernels import numerics as num
 from pallas_kernels import query as qr
 from pallas_kernels.append.triton import Append, append_token
 from pallas_kernels.device_math import exponent_above, most, nearest, power_of_two, product, rounded
+from pallas_kernels.judge import record as rc
 from pallas_kernels.launch import launch
 
 ROWS = tl.constexpr(16)
@@ -20,7 +21,7 @@ ROWS = tl.constexpr(16)
 
 NORM_SLACK, BITS, LOG2_E = tl.constexpr(num.NORM_SLACK), tl.constexpr(qr.BITS), tl.constexpr(qr.LOG2_E)
 U, EXP_RELATIVE_ERROR = tl.constexpr(num.U), tl.constexpr(num.EXP_RELATIVE_ERROR)
-PRODUCTS = tl.constexpr(num.PRODUCTS)
+PRODUCTS, ARRIVALS = tl.constexpr(num.PRODUCTS), tl.constexpr(rc.ARRIVALS)
 
 
 @triton.jit
@@ -121,7 +122,7 @@ def _prepare(
     evaluated = 32 * U * size + 2 * GAMMA * norm * (centre_norm + 0.1 * reach) + EXP_RELATIVE_ERROR
     half_a_step = ROOT * 0.5 * (1 + 2.0**-20)
     inexact = (1.1 * scale * half_a_step + 8 * U * length) * (NORM_SLACK / ROOT)
-    tensor = (D // PRODUCTS + 8) * 2 * TENSOR_UNIT * norm
+    tensor = 1.5 * (D // PRODUCTS) * TENSOR_UNIT * norm
     to = facts + h * 8 * G + row
     tl.store(to, norm, mask=kept)
     tl.store(to + 2 * G, inexact * reach * NORM_SLACK + evaluated, mask=kept)
@@ -130,7 +131,7 @@ def _prepare(
     _store_row(words, h, its_words, FLAGS)
     _store_row(counts, h, its_counts, COUNTS)
     _store_row(summary, h, its_summary, BLOCKS)
-    tl.store(arrived + tl.arange(0, 4) * H + h, tl.zeros((4,), tl.int32), mask=tl.arange(0, 4) < 3)
+    tl.store(arrived + tl.arange(0, ARRIVALS) * H + h, tl.zeros((ARRIVALS,), tl.int32))
 
 
 @triton.jit
@@ -172,8 +173,8 @@ def prepare_queries(
     token: Append | None = None,
 ) -> tuple[qr.Operands, jax.Array, list[jax.Array], jax.Array, list[jax.Array]]:
     """Operands; `[H, 4, C]` of norm, eps, eps_original and reference of `operands.Queries`; the layer's plan; zeros,
-    `[3 H]` int32, by which programs of later kernels count themselves; and the windows, as `append_to_windows` returns
-    them, where there is a token."""
+    `[ARRIVALS H]` int32, by which programs of later kernels count themselves; and the windows, as `append_to_windows`
+    returns them, where there is a token."""
     heads, group, d = q.shape
     columns = qr.columns(group)
     f32 = jnp.float32
@@ -185,7 +186,7 @@ def prepare_queries(
         jax.ShapeDtypeStruct((heads, qr.NUMBERS, columns), f32),
         jax.ShapeDtypeStruct((heads, 4, columns), f32),
         *[jax.ShapeDtypeStruct((heads, n), jnp.int32) for n in (flags, n_counts, blocks)],
-        jax.ShapeDtypeStruct((3 * heads,), jnp.int32),
+        jax.ShapeDtypeStruct((rc.ARRIVALS * heads,), jnp.int32),
     ]
     constants = dict(
         warps=16, H=heads, GROUP=group, G=columns // 2, D=d, ROOT=d**0.5, VANISHED=vanished, ROOM=room,
