@@ -1,5 +1,5 @@
-"""Twin of `scan/mosaic.py` and `scan/triton.py`: what a step learns of every tile from its keys at their coarsest level,
-and of the values that a plan asks for at theirs."""
+"""Twin of `scan/mosaic.py` and `scan/triton.py`: what a step learns of every tile from its keys at their coarsest
+level, and of the values that a plan asks for at theirs."""
 
 from __future__ import annotations
 
