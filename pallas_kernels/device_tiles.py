@@ -94,11 +94,11 @@ def no_values(C: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def load_values(plane, read, WIDTH: tl.constexpr, D: tl.constexpr):
-    """A tile's values by the plane of WIDTH bits at `plane` [D, 128 WIDTH / 8], where it is to be `read`, CHANNELS
-    channels each: [CHANNELS, HALF] int8, a byte for each token of a half, if need be twice."""
+    """A tile's values by the plane of WIDTH bits at `plane` [D, 128 WIDTH / 8], where it is to be `read` (1, or 0),
+    CHANNELS channels each: [CHANNELS, HALF] int8, a byte for each token of a half, if need be twice."""
     size: tl.constexpr = TILE * WIDTH // 8
     of = plane + tl.arange(0, CHANNELS)[:, None] * size + (tl.arange(0, HALF) % size)[None]
-    mask = tl.full((CHANNELS, HALF), 1, tl.int1) & read
+    mask = tl.zeros((CHANNELS, HALF), tl.int32) < read
     if D == CHANNELS:
         return (tl.load(of, mask=mask, other=0),)
     else:

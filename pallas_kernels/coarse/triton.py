@@ -33,9 +33,9 @@ def _attend_coarse(
             if (level == COARSE) | (level == VALUES):
                 of = weights + (h * NT + tile) * C * TILE + tl.arange(0, C)[None] * TILE + tl.arange(0, HALF)[:, None]
                 w = tl.load(of), tl.load(of + HALF)
-                found = add_values(found, load_values(values + row * D * HALF, True, 4, D), w, 4, 4, D)
+                found = add_values(found, load_values(values + row * D * HALF, 1, 4, D), w, 4, 4, D)
                 if level == VALUES:
-                    lower = load_values(values_low + row * D * (HALF // 2), True, 2, D)
+                    lower = load_values(values_low + row * D * (HALF // 2), 1, 2, D)
                     found = add_values(found, lower, w, 2, 1, D)
         store_channels(acc + (h * SPLITS + split) * D * C, found, C, D)
 

@@ -75,7 +75,7 @@ def _attend_window(
     n = tl.load(live + row)
     for start in tl.range(0, TILE, QUARTER, num_stages=1):  # the whole at once would take all registers
         token = start + tl.arange(0, QUARTER)
-        of, read = token[:, None] * D + tl.arange(0, D)[None], (token[:, None] >= 0) & (n > 0)
+        of, read = token[:, None] * D + tl.arange(0, D)[None], (tl.zeros_like(token) < n)[:, None]
         tile, values = tl.load(k + of, mask=read, other=0.0), tl.load(v + of, mask=read, other=0.0)
         found = attend_tile_of_originals(tile, values, token < n, q, unit, shift, found, C)
     store_found(found, acc + row * D * C, sums + row * 4 * C, C, D)
@@ -103,19 +103,19 @@ def _scan_tiles(
             reads_low = level == VALUES
             reads = (level == COARSE) | reads_low
             if AHEAD:
-                upper = load_values(values + row * D * HALF, reads, 4, D)
-                lower = load_values(values_low + row * D * (HALF // 2), reads_low, 2, D)
+                upper = load_values(values + row * D * HALF, reads.to(tl.int32), 4, D)
+                lower = load_values(values_low + row * D * (HALF // 2), reads_low.to(tl.int32), 2, D)
             k, ks, vs, share = keys + of * D, key_scale + of, value_scale + of, nu + of
             a, w = _visit_half(k, ks, vs, share, 0, q, unit, half, shift, to, C, D)
             b, other_w = _visit_half(k, ks, vs, share, HALF, q, unit, half, shift, to, C, D)
             store_sums(stats + (h * NT + tile) * 4 * C, a + b, C)
             if reads:
                 if not AHEAD:
-                    upper = load_values(values + row * D * HALF, True, 4, D)
+                    upper = load_values(values + row * D * HALF, 1, 4, D)
                 found = add_values(found, upper, (w, other_w), 4, 4, D)
             if reads_low:
                 if not AHEAD:
-                    lower = load_values(values_low + row * D * (HALF // 2), True, 2, D)
+                    lower = load_values(values_low + row * D * (HALF // 2), 1, 2, D)
                 found = add_values(found, lower, (w, other_w), 2, 1, D)
         store_channels(coarse + (h * SPLITS + split) * D * C, found, C, D)
     else:
