@@ -53,13 +53,19 @@ def rounded(x):
 
 
 @triton.jit
-def product(a, b):
-    """Of float32 matrices that hold numbers of at most 8 bits, exact but for the accumulation. (Triton's interpreter
-    multiplies bfloat16 wrongly.)"""
+def add_product(acc, a, b):
+    """`acc + a @ b`, of matrices that hold numbers of at most 8 bits, exact but for the accumulation. (Triton's
+    interpreter multiplies bfloat16 wrongly.)"""
     if INTERPRETED:
-        return tl.dot(a, b)
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
     else:
-        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
+        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc)
+
+
+@triton.jit
+def product(a, b):
+    """As `add_product`, to nothing."""
+    return add_product(tl.zeros((a.shape[0], b.shape[1]), tl.float32), a, b)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from pallas_kernels import levels as lv
 from pallas_kernels import query as qr
-from pallas_kernels.device_math import INTERPRETED, most, rounded
+from pallas_kernels.device_math import INTERPRETED, add_product, most, product, rounded
 from pallas_kernels.originals import reference
 
 TILE, HALF, QUARTER = tl.constexpr(lv.TILE), tl.constexpr(lv.TILE // 2), tl.constexpr(lv.TILE // 4)
@@ -22,15 +22,6 @@ CHANNELS = tl.constexpr(64)
 
 PARTS, NUMBERS = tl.constexpr(qr.PARTS), tl.constexpr(qr.NUMBERS)
 UNIT_EXACT, SHIFT_EXACT = tl.constexpr(qr.UNIT_EXACT), tl.constexpr(qr.SHIFT_EXACT)
-
-
-@triton.jit
-def add_product(acc, a, b):
-    """`acc + a @ b`, of numbers that bfloat16 holds. (Triton's interpreter multiplies bfloat16 wrongly.)"""
-    if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
-    else:
-        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc)
 
 
 @triton.jit
@@ -51,6 +42,13 @@ def query_parts(of, C: tl.constexpr, D: tl.constexpr, FIRST: tl.constexpr, ROWS:
 def numbers_of(numbers, h, ROW: tl.constexpr, C: tl.constexpr):
     """A row of `query.Operands.numbers`: [1, C]."""
     return tl.load(numbers + (h * NUMBERS + ROW) * C + tl.arange(0, C))[None]
+
+
+@triton.jit
+def exact_queries(wide, numbers, h, C: tl.constexpr, D: tl.constexpr):
+    """What `attend_tile_of_originals` takes of a head's queries: their parts, and unit and shift of a score."""
+    q = query_parts(wide + (2 * h + 1) * PARTS * C * D, C, D, 0, D)
+    return q, numbers_of(numbers, h, UNIT_EXACT, C), numbers_of(numbers, h, SHIFT_EXACT, C)
 
 
 @triton.jit
@@ -126,8 +124,7 @@ def _add_channels(acc, packed, weights, WIDTH: tl.constexpr, UNIT: tl.constexpr)
     else:  # two fields of 32 tokens are one half
         at = (tl.arange(0, HALF) // QUARTER * WIDTH).to(tl.int16)[None]
         low, high = codes(packed, at, WIDTH), codes(packed, at + 2 * WIDTH, WIDTH)
-    product = add_product(tl.zeros_like(acc), low, first)
-    return acc + add_product(product, high, second) * UNIT
+    return acc + add_product(product(low, first), high, second) * UNIT
 
 
 @triton.jit
@@ -139,11 +136,23 @@ def store_channels(to, acc, C: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def sums_of(w, scaled, share, key_scale, C: tl.constexpr):
-    """What tokens add to the four sums of their tile, [n, C, 2, 2]: as `mosaic.sums_of`, to be added up together and
-    stored by `store_sums`."""
+def notes_of(key_scale, value_scale, nu, token):
+    """Of tokens: the scales of their keys and values, and their shares of the tile's peak, [n] float32 each."""
+    return (
+        tl.load(key_scale + token).to(tl.float32), tl.load(value_scale + token).to(tl.float32),
+        tl.load(nu + token).to(tl.float32),
+    )  # fmt: skip
+
+
+@triton.jit
+def weigh(w, notes, C: tl.constexpr):
+    """What tokens of weights `w` [n, C] and `notes_of` them add to the four sums of their tile, [n, C, 2, 2]: as
+    `mosaic.sums_of`, to be added up together and stored by `store_sums`; and their weights times the values' scale, as
+    `add_values` takes them."""
+    key_scale, value_scale, share = notes
+    scaled = w * value_scale[:, None]
     both = tl.where((tl.arange(0, C) < C // 2)[None], w, w * key_scale[:, None])
-    return tl.join(tl.join(both, w * w), tl.join(both * share[:, None], scaled))
+    return tl.join(tl.join(both, w * w), tl.join(both * share[:, None], scaled)), in_two_halves(scaled, C)
 
 
 @triton.jit
@@ -173,16 +182,15 @@ def attend_tile_of_originals(k, v, seen, parts, unit, shift, found, C: tl.conste
     """Adds to `found` the tokens `seen` [n] of originals, `[n, d]` bfloat16 each, 0 where they were not read."""
     acc, total, longest_key, longest_value, peak = found
     high, middle, low = parts
-    zero = tl.zeros((k.shape[0], C), tl.float32)
-    dot = together(add_product(zero, k, high), add_product(zero, k, middle), add_product(zero, k, low))
+    dot = together(product(k, high), product(k, middle), product(k, low))
     x = tl.where(seen[:, None], dot * unit + shift, LOWEST)
     higher = most(peak, tl.max(x, 0))
     shrink = tl.exp2(peak - higher)
     w = tl.where(seen[:, None], tl.exp2(x - higher[None]), 0.0)
-    product = add_product(tl.zeros_like(acc), tl.trans(v), in_two_halves(w, C))
+    weighted = product(tl.trans(v), in_two_halves(w, C))
     k, v = k.to(tl.float32), v.to(tl.float32)
     return (
-        tl.fma(acc, tl.broadcast_to(shrink[None], acc.shape), product),  # not by `+`, see `device_math.add`
+        tl.fma(acc, tl.broadcast_to(shrink[None], acc.shape), weighted),  # not by `+`, see `device_math.add`
         total * shrink + tl.sum(w, 0), most(longest_key, tl.max(tl.sum(k * k, 1), 0)),
         most(longest_value, tl.max(tl.sum(v * v, 1), 0)), higher,
     )  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,20 +65,16 @@ def mosaic_kernels(n_heads: int) -> Kernels:
     from pallas_kernels.scan.dealing import MOST_AHEAD
     from pallas_kernels.scan.mosaic import scan_and_fine, scan_tiles
 
-    scan, fine = _programs(n_heads, 2.97, PROCESSORS, WINDOWS), _programs(n_heads, 2, PROCESSORS)
-    again = _Again.of(n_heads, PROCESSORS)
-    return Kernels(
-        "mosaic_gpu",
+    scan, two = _programs(n_heads, 2.97, PROCESSORS, WINDOWS), _programs(n_heads, 2, PROCESSORS)
+    return _with_second_pass(
+        "mosaic_gpu", scan, two,
         scan=functools.partial(scan_tiles, splits=scan),
-        fine=functools.partial(attend_fine, splits=fine, readers=READERS),
-        splits=max(scan, again.coarse) + fine,
-        fewest=min(scan, again.coarse, again.fine),
-        fewest_dense=again.originals,
-        chained=True,
-        scan_and_fine=functools.partial(scan_and_fine, splits=scan, refiners=again.fine, readers=FEW_READERS),
+        fine=functools.partial(attend_fine, splits=two, readers=READERS),
+        scan_and_fine=functools.partial(
+            scan_and_fine, splits=scan, refiners=min(two, FEW_REFINERS), readers=FEW_READERS
+        ),
         uneven=MOST_AHEAD,
-        **again.kernels(),
-    )
+    )  # fmt: skip
 
 
 def triton_kernels(n_heads: int, processors: int = PROCESSORS, shared: int = 228) -> Kernels:
@@ -92,43 +87,37 @@ def triton_kernels(n_heads: int, processors: int = PROCESSORS, shared: int = 228
     # do not, and those 0.91 of that of two that do.
     ahead = shared >= 3 * 62
     scan = _programs(n_heads, 3 if shared >= 3 * 38 else 2, processors, WINDOWS)
-    fine, again = _programs(n_heads, 2, processors), _Again.of(n_heads, processors)
-    return Kernels(
-        "triton",
+    two = _programs(n_heads, 2, processors)
+    return _with_second_pass(
+        "triton", scan, two,
         scan=functools.partial(scan_tiles, splits=scan, ahead=ahead),
-        fine=functools.partial(attend_fine, splits=fine, readers=READERS),
-        splits=max(scan, again.coarse) + fine,
-        fewest=min(scan, again.coarse, again.fine),
-        fewest_dense=again.originals,
+        fine=functools.partial(attend_fine, splits=two, readers=READERS),
+    )  # fmt: skip
+
+
+def _with_second_pass(name: str, of_scan: int, two: int, **first_pass) -> Kernels:
+    """And with dense heads, both in Triton, which is as fast there as Mosaic and returns sooner where there is nothing
+    to do, as is the rule.
+
+    `of_scan`, `two`: programs of a head in the scan, and where two run on a processor at once. Those that find nothing
+    to do return one after the other, so that few refine.
+    """
+    from pallas_kernels.coarse.triton import attend_coarse
+    from pallas_kernels.fine.triton import attend_fine
+    from pallas_kernels.originals.triton import attend_originals
+
+    few = min(two, FEW_REFINERS)
+    return Kernels(
+        name,
+        coarse=functools.partial(attend_coarse, splits=two),
+        fine_again=functools.partial(attend_fine, splits=few, readers=FEW_READERS),
+        originals=functools.partial(attend_originals, splits=two),
+        splits=max(of_scan, two) + two,
+        fewest=min(of_scan, few),
+        fewest_dense=two,
         chained=True,
-        **again.kernels(),
+        **first_pass,
     )
-
-
-class _Again(NamedTuple):
-    """Programs of a head in a second pass. Where they find nothing to do, as is the rule, they return at once, one
-    after the other: of those that refine there are few."""
-
-    coarse: int
-    fine: int
-    originals: int
-
-    @classmethod
-    def of(cls, n_heads: int, processors: int) -> _Again:
-        two = _programs(n_heads, 2, processors)
-        return cls(two, min(two, FEW_REFINERS), two)
-
-    def kernels(self) -> dict[str, Callable]:
-        """In Triton, which is as fast there as Mosaic and returns sooner."""
-        from pallas_kernels.coarse.triton import attend_coarse
-        from pallas_kernels.fine.triton import attend_fine
-        from pallas_kernels.originals.triton import attend_originals
-
-        return dict(
-            coarse=functools.partial(attend_coarse, splits=self.coarse),
-            fine_again=functools.partial(attend_fine, splits=self.fine, readers=FEW_READERS),
-            originals=functools.partial(attend_originals, splits=self.originals),
-        )
 
 
 def _programs(n_heads: int, at_once: float, processors: int, others: int = 0) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import jax
 
 from certjax.cache import TieredKVCache
-from certjax.fused.dispatch import COMPILED, kernels_of, pick_backend
+from certjax.fused.dispatch import COMPILED, pick_backend
 from certjax.policy import Policy
 from pallas_kernels import numerics as num
 
@@ -27,8 +27,7 @@ def append(
 ) -> TieredKVCache:
     """As `cache.write(k, v, layer)` before the token was counted. `k`, `v`: [b, Hkv, d]; `layer`: [] int32."""
     backend = pick_backend(policy, cache, n_query_heads)
-    chained = backend in COMPILED and kernels_of(backend, k.shape[0] * k.shape[1]).chained
-    if not chained or not by_kernel(cache):
+    if backend not in COMPILED or not by_kernel(cache):
         return cache.replace(length=cache.length - 1).write(k, v, layer).counting()
     from pallas_kernels.append.triton import append_to_windows
 

@@ -15,23 +15,22 @@ from pallas_kernels import query as qr
 from pallas_kernels.device_tiles import (
     HALF,
     PARTS,
-    SHIFT_EXACT,
     TILE,
-    UNIT_EXACT,
     add_values,
     attend_tile_of_originals,
-    in_two_halves,
+    exact_queries,
     integer_dot,
     load_values,
     next_chosen,
     no_values,
+    notes_of,
     nothing,
     numbers_of,
     query_parts,
     store_channels,
     store_found,
     store_sums,
-    sums_of,
+    weigh,
 )
 from pallas_kernels.launch import launch
 
@@ -54,16 +53,13 @@ def _visit_half(
     unit, low_unit, half, shift = numbers
     k = tl.load(keys + token[:, None] * D + tl.arange(0, D)[None])
     k_low = tl.load(keys_low + token[:, None] * (D // 2) + tl.arange(0, D // 2)[None])
-    key_scale = tl.load(key_scale + token).to(tl.float32)
-    value_scale = tl.load(value_scale + token).to(tl.float32)
-    share = tl.load(nu + token).to(tl.float32)
+    notes = notes_of(key_scale, value_scale, nu, token)
     # 16 times a field is a byte: the lower field moved up, and the upper one as it is.
     low = integer_dot((k_low << 4).to(tl.int8), lower) + integer_dot((k_low & -16).to(tl.int8), upper)
     x = integer_dot(k, whole) * unit + low * low_unit + half
-    w = tl.exp2(x * key_scale[:, None] + shift)
+    w = tl.exp2(x * notes[0][:, None] + shift)
     w = tl.where(((pieces >> (token // SIZE)) & 1 == 1)[:, None], 0.0, w)  # read from the host
-    scaled = w * value_scale[:, None]
-    return sums_of(w, scaled, share, key_scale, C), in_two_halves(scaled, C)
+    return weigh(w, notes, C)
 
 
 @triton.jit
@@ -114,8 +110,7 @@ def _read_pieces(
 ):  # fmt: skip
     """What program `number` of so many that read from the host does for a head: promoted pieces of the tiles of its
     share."""
-    q = query_parts(wide + (2 * h + 1) * PARTS * C * D, C, D, 0, D)
-    unit, shift = numbers_of(numbers, h, UNIT_EXACT, C), numbers_of(numbers, h, SHIFT_EXACT, C)
+    q, unit, shift = exact_queries(wide, numbers, h, C, D)
     found, place = nothing(C, D), tl.arange(0, AT_ONCE)
     for start in tl.range(number, NT, reading * AT_ONCE):
         tile = start + place * reading

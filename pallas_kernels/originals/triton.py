@@ -10,17 +10,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from pallas_kernels.device_tiles import (
-    HALF,
-    PARTS,
-    SHIFT_EXACT,
-    UNIT_EXACT,
-    attend_tile_of_originals,
-    nothing,
-    numbers_of,
-    query_parts,
-    store_found,
-)
+from pallas_kernels.device_tiles import HALF, attend_tile_of_originals, exact_queries, nothing, store_found
 from pallas_kernels.launch import launch
 
 
@@ -32,9 +22,9 @@ def attend_head(
 ):  # fmt: skip
     """What program `split` of SPLITS does for a head: attend to its share of all tokens."""
     head, length = tl.load(layer).to(tl.int64) * H + h, tl.load(meta + 3 * h + 2)
-    q = query_parts(wide + (2 * h + 1) * PARTS * C * D, C, D, 0, D)
-    unit = numbers_of(numbers, h, UNIT_EXACT, C)
-    shift = tl.zeros_like(unit) if ALONE else numbers_of(numbers, h, SHIFT_EXACT, C)
+    q, unit, shift = exact_queries(wide, numbers, h, C, D)
+    if ALONE:
+        shift = tl.zeros_like(shift)
     found, token = nothing(C, D), tl.arange(0, HALF)
     for start in tl.range(split * HALF, tl.minimum(length, N), SPLITS * HALF, num_stages=2):
         of = (head * N + start) * D + token[:, None] * D + tl.arange(0, D)[None]

@@ -17,22 +17,21 @@ from pallas_kernels.device_tiles import (
     HALF,
     PARTS,
     QUARTER,
-    SHIFT_EXACT,
     TILE,
-    UNIT_EXACT,
     add_values,
     attend_tile_of_originals,
-    in_two_halves,
+    exact_queries,
     integer_dot,
     load_values,
     no_values,
+    notes_of,
     nothing,
     numbers_of,
     query_parts,
     store_channels,
     store_found,
     store_sums,
-    sums_of,
+    weigh,
 )
 from pallas_kernels.launch import launch
 
@@ -47,14 +46,11 @@ def _visit_half(
     """Of HALF tokens from `first` on: what they add to sums, and weights times the values' scale, which are stored."""
     token = first + tl.arange(0, HALF)
     k = tl.load(keys + token[:, None] * D + tl.arange(0, D)[None])
-    key_scale = tl.load(key_scale + token).to(tl.float32)
-    value_scale = tl.load(value_scale + token).to(tl.float32)
-    share = tl.load(nu + token).to(tl.float32)
-    w = tl.exp2((integer_dot(k, parts) * unit + half) * key_scale[:, None] + shift)
-    scaled = w * value_scale[:, None]
-    halves = in_two_halves(scaled, C)
+    notes = notes_of(key_scale, value_scale, nu, token)
+    w = tl.exp2((integer_dot(k, parts) * unit + half) * notes[0][:, None] + shift)
+    sums, halves = weigh(w, notes, C)
     tl.store(stored + tl.arange(0, C)[None] * TILE + token[:, None], halves.to(tl.bfloat16))
-    return sums_of(w, scaled, share, key_scale, C), halves
+    return sums, halves
 
 
 @triton.jit
@@ -69,8 +65,7 @@ def _attend_window(
     else:
         at = (head * RING + index - SINK) * TILE * D
         k, v = ring_keys + at, ring_values + at
-    q = query_parts(wide + (2 * h + 1) * PARTS * C * D, C, D, 0, D)
-    unit, shift = numbers_of(numbers, h, UNIT_EXACT, C), numbers_of(numbers, h, SHIFT_EXACT, C)
+    q, unit, shift = exact_queries(wide, numbers, h, C, D)
     row, found = h * (SINK + RING) + index, nothing(C, D)
     n = tl.load(live + row)
     for start in tl.range(0, TILE, QUARTER, num_stages=1):  # the whole at once would take all registers
