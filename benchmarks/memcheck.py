@@ -1,7 +1,8 @@
 """Every kernel once, for a checker of memory accesses, on a GPU:
 `compute-sanitizer --tool memcheck python -m benchmarks.memcheck`.
 
-Compile beforehand, without the checker, into a cache (`JAX_COMPILATION_CACHE_DIR`), and let every array be an
+Run it without the checker first, with all that is compiled kept (`JAX_COMPILATION_CACHE_DIR`,
+`JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0`): compiling under it can crash. Both times let every array be an
 allocation of its own (`XLA_PYTHON_CLIENT_ALLOCATOR=platform`): in a pool what lies beyond an array is another one's.
 """
 
@@ -27,7 +28,7 @@ GROUPS = {64: 4, 128: 6}
 """Head dim -> query heads of a group."""
 LENGTHS = jnp.array([1536, 1157])
 POLICIES = {
-    "by plan": Policy.budget(0.6, block_size=128),
+    "by_plan": Policy.budget(0.6, block_size=128),
     "promoting": Policy.budget(0.25, block_size=128, host_price=0.01, max_promoted=1.0),
     "dense": Policy.budget(0.002, block_size=128),
     "observed": Policy.observe(block_size=128),
@@ -48,7 +49,7 @@ def problem(d: int) -> tuple[jax.Array, TieredKVCache]:
     q = jax.random.normal(c, (B, H, GROUPS[d], d))
     keys, values = (jax.random.normal(k, (B, H, N, d)) for k in (a, b))
     keys = keys.at[:, :, 400].set(2 * q.mean(2)).astype(jnp.bfloat16)
-    build = jax.jit(lambda k, v: TieredKVCache.from_prefill(k, v, POLICIES["by plan"], lengths=LENGTHS, capacity=N))
+    build = jax.jit(lambda k, v: TieredKVCache.from_prefill(k, v, POLICIES["by_plan"], lengths=LENGTHS, capacity=N))
     cache = build(keys, (values + 0.5).astype(jnp.bfloat16))
     return q.reshape(B, -1, d).astype(jnp.bfloat16), cache.replace(plan=jnp.zeros_like(cache.plan))
 
@@ -73,11 +74,13 @@ def decoded(policy: Policy) -> list[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backends", default=",".join(COMPILED), help="comma separated; default: all compiled ones")
-    for backend in parser.parse_args().backends.split(","):
-        for name, policy in POLICIES.items():
-            policy = dataclasses.replace(policy, backend=backend)
+    parser.add_argument("--policies", default=",".join(POLICIES), help="comma separated; default: all")
+    args = parser.parse_args()
+    for backend in args.backends.split(","):
+        for name in args.policies.split(","):
+            policy = dataclasses.replace(POLICIES[name], backend=backend)
             rungs = {f"d={d}": attended(d, policy) for d in GROUPS}
-            if name in ("by plan", "dense"):
+            if name in ("by_plan", "dense"):
                 rungs["decoded"] = decoded(policy)
             print(json.dumps({"backend": backend, "policy": name, "head_steps_by_rung": rungs}), flush=True)
 
