@@ -76,6 +76,8 @@ def main() -> None:
     parser.add_argument("--backends", default=",".join(COMPILED), help="comma separated; default: all compiled ones")
     parser.add_argument("--policies", default=",".join(POLICIES), help="comma separated; default: all")
     args = parser.parse_args()
+    if jax.default_backend() != "gpu" and set(args.backends.split(",")) & set(COMPILED):
+        parser.error("needs a GPU, or --backends reference.")
     for backend in args.backends.split(","):
         for name in args.policies.split(","):
             policy = dataclasses.replace(POLICIES[name], backend=backend)

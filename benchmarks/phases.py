@@ -37,6 +37,8 @@ def main() -> None:
     parser.add_argument("--backend", default="auto", help="of the policy: mosaic_gpu, triton")
     parser.add_argument("--out", help="write JSON here")
     args = parser.parse_args()
+    if jax.default_backend() != "gpu":
+        parser.error("needs a GPU: it times kernels there.")
     policy = dataclasses.replace(bench.default_policy(), backend=args.backend)
     contexts, kinds = [int(n) for n in args.contexts.split(",")], args.workloads.split(",")
     if unknown := set(kinds) - set(workloads.WORKLOADS):

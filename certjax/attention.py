@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
+from certjax import arguments, checks, ladder, reading, select, terms
 from certjax import attempt as att
-from certjax import checks, ladder, reading, select, terms
 from certjax.cache import TieredKVCache
 from certjax.certificate import Certificate
 from certjax.costs import read_costs
@@ -49,9 +49,11 @@ def certified_attention(
     q : `[batch, Hq, d]`
         One query per head, after RoPE. Taken as exact in its own dtype.
     cache
-        One layer (or a view of one); its tokens are all visible to the query.
+        One layer (or a view of one); its tokens are all visible to the query. Batched already: `vmap` and reverse-mode
+        `grad` do not go through originals in host memory, or the ladder's loops.
     policy
-        Static under jit.
+        Static under jit. How tier 1 is stored (codec, blocks, windows) is the cache's business; this says what is
+        certified, and what is done about it.
 
     Returns
     -------
@@ -66,11 +68,14 @@ def certified_attention(
     MissingTier2Error
         If the originals are missing, or not in the memory that the cache's policy says.
     """
+    arguments.instance("policy", policy, Policy, "make one by Policy.budget(...), .paper() or .observe()")
     cache.require_tier2()
     groups = _grouped(q, cache)
     backend = pick_backend(policy, cache, q.shape[1])
     if backend in FUSED and cache.layer is None:  # a view of one layer has been copied out of the stack already
-        sound = checks.fingerprints_ok(cache, policy.scrub).all(1) if policy.scrub else jnp.ones(q.shape[0], bool)
+        sound = cache.holds_all
+        if policy.scrub:
+            sound &= checks.fingerprints_ok(cache, policy.scrub).all(1)
         attend = _fused(policy, backend, groups)
         out, certificate, *_ = attend(groups, cache.stacked(), jnp.int32(0), sound=sound)
         return _flat(out), _flat_record(certificate)
@@ -110,8 +115,8 @@ def certified_layer(
     projects what has taken its place, where `revised` `[batch Hkv]` int32 has anything but 0 (`fused.project` says
     when there is one); without it what is returned is `project` of the output.
 
-    Fused kernels read the stack in place and take `cache.sound` for the outcome of the fingerprints, which `scrub`
-    checks once a step for all layers.
+    Fused kernels read the stack in place and take `cache.sound` for the outcome of the fingerprints, and of whether
+    there is a place for the token, which `decode.step` checks once a step for all layers.
     """
     backend = pick_backend(policy, cache, q.shape[1])
     groups = _grouped(q, cache)
@@ -325,14 +330,17 @@ def _scores_finite(problem: reading.Problem, keys: reading.Keys) -> jax.Array:
 
 
 def _preconditions(policy, problem: reading.Problem, cache: TieredKVCache, candidate, passed) -> jax.Array:
-    """P1 and P3 (P2 shows as a non-finite annotation, hence bound): `[b, Hkv]` bool."""
+    """P1 and P3 (P2 shows as a non-finite annotation, hence bound), and a place for every token: `[b, Hkv]` bool."""
     window = jnp.where(problem.window_live[:, None, None], jnp.isfinite(problem.window_scores), True).all(-1)
-    sound = (window & passed.finite & jnp.isfinite(candidate.out).all(-1)).all(-1)
+    sound = (window & passed.finite & jnp.isfinite(candidate.out).all(-1)).all(-1) & cache.holds_all[:, None]
     return sound & checks.fingerprints_ok(cache, policy.scrub) if policy.scrub else sound
 
 
 def _grouped(q: jax.Array, cache: TieredKVCache) -> jax.Array:
     batch, n_kv_heads, _, d = cache.ring_keys.shape[-4:]
+    q = jnp.asarray(q)
+    if not jnp.issubdtype(q.dtype, jnp.floating):
+        raise InvalidArgumentError(f"q must be floating point, one query per head; got {q.dtype}.")
     if q.ndim != 3 or q.shape[0] != batch or q.shape[2] != d or q.shape[1] % n_kv_heads:
         raise InvalidArgumentError(
             f"q must be [batch, Hq, d] with batch={batch}, d={d} and Hq a multiple of Hkv={n_kv_heads}; "

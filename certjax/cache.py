@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from certjax import host
+from certjax import arguments, host
 from certjax.codecs import Annotations, Codec, HeadStats, fingerprint
 from certjax.codecs.base import Codes
 from certjax.codecs.notes import Shares
@@ -58,6 +58,13 @@ class TieredKVCache:
     codec: Codec = struct.field(pytree_node=False, default=None)
     block_size: int = struct.field(pytree_node=False, default=16)
     tier2: str = struct.field(pytree_node=False, default="host")  # `Policy.tier2`
+
+    def __repr__(self) -> str:
+        shape = getattr(self.host_keys, "shape", None)
+        return (
+            f"TieredKVCache({self.codec!r}, block_size={self.block_size}, originals {shape} in {self.tier2} memory; "
+            ".length, .capacity, .nbytes())"
+        )
 
     # -- shapes ---------------------------------------------------------------------------------------
 
@@ -100,6 +107,11 @@ class TieredKVCache:
             "tier2": host.nbytes(self.host_keys, self.host_values),
         }
 
+    @property
+    def holds_all(self) -> jax.Array:
+        """Whether every token that was counted has a place: `[batch]` bool. Under jit `append` cannot refuse one."""
+        return self.length <= self.capacity
+
     # -- construction ---------------------------------------------------------------------------------
 
     @classmethod
@@ -128,13 +140,14 @@ class TieredKVCache:
         Raises
         ------
         InvalidArgumentError
-            On mismatched shapes, an unsupported dtype, a head dim or capacity beyond what certificates cover, or a
-            capacity below N.
+            On mismatched shapes, an unsupported dtype, a head dim or capacity beyond what certificates cover, a
+            capacity below N, or (outside jit) lengths beyond N.
         """
+        arguments.instance("policy", policy, Policy, "make one by Policy.budget(...), .paper() or .observe()")
         _check_originals(keys, values)
         n = keys.shape[-2]
         capacity = n + policy.block_size if capacity is None else capacity
-        length = jnp.full((keys.shape[-4],), n, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
+        length = _checked_lengths(n if lengths is None else lengths, keys.shape[-4], n)
 
         def one_layer(kv):
             return cls.encode_layer(*kv, policy, length, capacity)
@@ -203,8 +216,9 @@ class TieredKVCache:
     def append(self, k: jax.Array, v: jax.Array) -> TieredKVCache:
         """Add one token per sequence to a one-layer cache. `k`, `v`: `[batch, Hkv, d]`.
 
-        The block that the token completes is encoded. A full cache is left as it is by the write (the
-        caller sees it from `length`); `generate` sizes the cache so that this does not happen.
+        The block that the token completes is encoded. Under jit a token that a full cache has no place for is counted
+        and not stored: from then on the sequence fails its precondition (`Certificate.precondition_ok`). `generate`
+        sizes the cache so that this does not happen.
 
         Raises
         ------
@@ -348,6 +362,18 @@ MAX_CAPACITY = 2**22
 
 MAX_DEPTH = 2**19 - 2
 """Longest chain of additions, a block's and then one a block, for which the bound's own rounding is paid for."""
+
+
+def _checked_lengths(lengths: jax.Array | int, batch: int, n: int) -> jax.Array:
+    """Of sequences, `[batch]` int32, of originals that have room for `n` tokens each."""
+    lengths = jnp.broadcast_to(lengths, (batch,)) if jnp.ndim(lengths) == 0 else jnp.asarray(lengths)
+    if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise InvalidArgumentError(
+            f"lengths must be [batch] integers with batch={batch}; got {lengths.dtype} {lengths.shape}."
+        )
+    if not isinstance(lengths, jax.core.Tracer) and bool(((lengths < 0) | (lengths > n)).any()):
+        raise InvalidArgumentError(f"lengths must be from 0 to the {n} tokens given; got {lengths.tolist()}.")
+    return lengths.astype(jnp.int32)
 
 
 def _check_originals(keys: jax.Array, values: jax.Array) -> None:

@@ -211,6 +211,8 @@ def step(
     """One token (`[b]` int32) of every sequence through the model: logits `[b, V]` of the next, the cache that holds
     it, certificates with leaves `[L, b, Hq]`. `positions`, `[b]` int32, are those that the cache has come to unless
     given."""
+    if mode == "certified":
+        cache = cache.replace(sound=cache.sound & cache.counting().holds_all)
     plug = make_plug(mode, policy, cache, config.n_heads)
     positions = cache.length if positions is None else positions
     logits, cache, records = decode_step(config, params, cache, tokens, positions, plug)

@@ -1,4 +1,5 @@
-"""Every error certjax raises on purpose. Each is also the built-in a caller would expect."""
+"""Every error certjax raises on purpose, but for those of checkpoints (`checkpoints_tools.CheckpointError`). Each is
+also the built-in a caller would expect."""
 
 
 class CertjaxError(Exception):

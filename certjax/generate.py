@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from certjax import decode
+from certjax import arguments, decode
 from certjax.errors import ContextLengthError, InvalidArgumentError
 from certjax.model import Model
 from certjax.models.llama.config import LlamaConfig
@@ -51,6 +51,12 @@ class Generation:
     host_memory_kind: str | None
     first_token_seconds: float
     decode_seconds: float
+
+    def __repr__(self) -> str:
+        return (
+            f"Generation({len(self.tokens)} sequences of {[len(t) for t in self.tokens]} tokens, mode={self.mode!r}, "
+            f"{self.decode_seconds:.2f} s; .text, .tokens, .report())"
+        )
 
     def report(self) -> Report:
         """Summary of promotions, rungs, bounds, bytes and speed."""
@@ -94,7 +100,8 @@ def generate(
     Raises
     ------
     InvalidArgumentError
-        On an unknown mode, an empty prompt, ids outside the vocabulary, or bad sampling parameters.
+        On an unknown mode, an empty prompt, ids outside the vocabulary, bad sampling parameters, or an argument of
+        another type.
     ContextLengthError
         If prompt and new tokens exceed the model's context.
     """
@@ -131,13 +138,16 @@ def stream(model: Model, prompt: Prompt, *, max_new_tokens: int = 64, **options:
     The same compiled loop as `generate`, a token at a time; text is held back while its last character is
     incomplete.
     """
+    arguments.instance("model", model, Model, "certjax.load returns one")
     if not isinstance(prompt, str) and any(not isinstance(t, (int, np.integer)) for t in prompt):
         raise InvalidArgumentError("stream takes one prompt; use generate for a batch.")
     if model.tokenizer is None:
         raise InvalidArgumentError("stream yields text and this model has no tokenizer; use generate.")
-    options = {"mode": "certified", "policy": None, "key": None, "temperature": 0.0, "top_k": 0, "top_p": 1.0,
-               "chat": False, **options}  # fmt: skip
-    job = _prepare(model, prompt, max_new_tokens, **options)
+    defaults = {"mode": "certified", "policy": None, "key": None, "temperature": 0.0, "top_k": 0, "top_p": 1.0,
+                "chat": False}  # fmt: skip
+    if unknown := set(options) - set(defaults):
+        raise TypeError(f"stream() got an unexpected keyword argument {sorted(unknown)[0]!r}")
+    job = _prepare(model, prompt, max_new_tokens, **defaults | options)
     return _stream(model, job, max_new_tokens)
 
 
@@ -188,11 +198,17 @@ class _Job:
 def _prepare(
     model, prompts, max_new_tokens, mode, policy, key, temperature, top_k, top_p, chat
 ) -> _Job:
+    arguments.instance("model", model, Model, "certjax.load returns one")
+    if policy is not None:
+        arguments.instance("policy", policy, Policy, "make one by Policy.budget(...), .paper() or .observe()")
     if mode not in MODES:
         raise InvalidArgumentError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}.")
-    if max_new_tokens < 1:
+    if arguments.integer("max_new_tokens", max_new_tokens) < 1:
         raise InvalidArgumentError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
-    sampling = Sampling(temperature=float(temperature), top_k=int(top_k), top_p=float(top_p))
+    sampling = Sampling(
+        temperature=float(arguments.number("temperature", temperature)), top_k=arguments.integer("top_k", top_k),
+        top_p=float(arguments.number("top_p", top_p)),
+    )  # fmt: skip
     ids = [_encode(model, p, chat) for p in _as_batch(prompts)]
     longest = max(map(len, ids))
     context = model.config.context_length
@@ -223,6 +239,8 @@ def _prepare(
 def _as_batch(prompts) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
+    if isinstance(prompts, bytes):
+        raise InvalidArgumentError("prompts is bytes; decode it to text, or pass token ids.")
     prompts = prompts.tolist() if isinstance(prompts, (np.ndarray, jax.Array)) else list(prompts)
     if not prompts:
         raise InvalidArgumentError("prompts is empty; pass at least one prompt.")
@@ -236,7 +254,7 @@ def _encode(model: Model, prompt: Prompt, chat: bool) -> list[int]:
         if not prompt:
             raise InvalidArgumentError("a prompt is empty; every prompt needs at least one token.")
         prompt = model.tokenizer.encode(model.tokenizer.chat(prompt) if chat else prompt)
-    ids = [int(t) for t in prompt]
+    ids = [arguments.integer("a token id", t) for t in prompt]
     if not ids:
         raise InvalidArgumentError("a prompt is empty; every prompt needs at least one token.")
     if min(ids) < 0 or max(ids) >= model.config.vocab_size:

@@ -28,6 +28,9 @@ class Model:
     tokenizer: Tokenizer | None
     name: str = "model"
 
+    def __repr__(self) -> str:
+        return f"Model({self.name!r}, {self.n_parameters:,} parameters, {self.config})"
+
     @property
     def n_parameters(self) -> int:
         """Number of weights."""

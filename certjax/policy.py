@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from certjax import arguments
 from certjax.codecs import Codec, make_codec
 from certjax.errors import InvalidArgumentError
 from pallas_kernels import numerics as num
@@ -14,6 +15,16 @@ FORM = (
     "annotations", "spectral", "centre", "sink_tokens", "recent_tokens", "tier2",
 )  # fmt: skip
 """Fields that say how tokens are stored; the others say how they are attended to."""
+
+INTEGERS = (
+    "block_size", "group_size", "sink_tokens", "recent_tokens", "k_min", "k_max", "ranking_depth", "seed", "scrub",
+)  # fmt: skip
+NUMBERS = (
+    "tolerance", "host_price", "margin", "max_promoted", "tau_cov", "v_tol", "rung1_threshold", "rung1_multiplier",
+    "eps_guard", "exploration",
+)  # fmt: skip
+FLAGS = "refine", "rotate", "spectral", "skip_values", "canary"
+PLANES = "key_planes", "value_planes"
 
 
 def _require(ok: bool, message: str) -> None:
@@ -56,9 +67,9 @@ class Policy:
         compression does to answers, and for machines without pinned memory. Outputs and certificates are those of
         "host" up to rounding; `host_price` and the bytes paged in count as if the originals were there.
     tolerance, relative_to
-        Budget policy: largest certified error of a returned head that is not dense, as a fraction of the
-        norm of the layer's concatenated head outputs over sqrt(Hq) ("layer"), of the head's own output
-        ("head"), or as it is ("absolute").
+        Budget policy: largest certified error of what is returned and not dense, as a fraction of the norm of the
+        layer's concatenated head outputs over sqrt(Hq) ("layer"), of the head's own output ("head"), or as it is
+        ("absolute"). Of "layer" `allotment` says whether it holds for every head, or for their root mean square.
     skip_values
         Budget policy: blocks may do without their values, their centre standing for them, where the bound allows.
     host_price
@@ -131,7 +142,8 @@ class Policy:
     def budget(
         cls, tolerance: float = 0.05, relative_to: Literal["layer", "head", "absolute"] = "layer", **overrides
     ) -> Policy:
-        """Certified error of every returned head at most `tolerance`, or the head is dense."""
+        """Certified error within `tolerance`, or heads go dense: of a layer's output by default, as the root mean
+        square over its heads (`allotment="equal"`, or another `relative_to`: of every head)."""
         preset = {"kind": "budget", "tolerance": tolerance, "relative_to": relative_to, "skip_values": True}
         return cls(**{**cls._best_format(overrides), **preset, **overrides})
 
@@ -143,14 +155,30 @@ class Policy:
     @classmethod
     def _best_format(cls, overrides: dict) -> dict:
         """The format and windows of the presets that are our own (docs/formats.md says why)."""
-        block = max(overrides.get("block_size", cls.block_size), 1)  # what is below 1 is refused with its own message
+        block = arguments.integer("block_size", overrides.get("block_size", cls.block_size))
+        block = max(block, 1)  # what is below 1 is refused with its own message
         sink, recent = (-(-n // block) * block for n in (16, 128))
         return {
             "codec": "planes", "annotations": "byte", "spectral": True, "centre": "auto", "sink_tokens": sink,
             "recent_tokens": recent, "ranking_depth": 0, "scrub": 128,
         }  # fmt: skip
 
+    def _typed(self) -> None:
+        """Fields as Python's own numbers and tuples: a policy is static under jit, and compared by value."""
+        kinds = ((INTEGERS, arguments.integer), (NUMBERS, arguments.number), (FLAGS, arguments.flag))
+        for names, typed in kinds:
+            for name in names:
+                x = getattr(self, name)
+                if x is not None or name not in ("tolerance", "group_size"):
+                    object.__setattr__(self, name, typed(name, x))
+        for name in PLANES:
+            widths = getattr(self, name)
+            if not isinstance(widths, (tuple, list)):
+                raise InvalidArgumentError(f"{name} must be a tuple of widths in bits such as (8, 4), got {widths!r}.")
+            object.__setattr__(self, name, tuple(arguments.integer(name, w) for w in widths))
+
     def __post_init__(self):
+        self._typed()
         _require(
             self.kind in ("paper", "budget", "observe"),
             f"kind must be 'paper', 'budget' or 'observe', got {self.kind!r}.",
@@ -175,6 +203,7 @@ class Policy:
                 self.tolerance is not None and self.tolerance > 0,
                 f"tolerance must be positive, got {self.tolerance}; for exact attention use mode='dense'.",
             )
+            _require(self.tolerance < float("inf"), "tolerance must be finite; to enforce none use Policy.observe().")
         else:
             _require(
                 self.tolerance is None,

@@ -319,3 +319,17 @@ def test_no_retrace_while_a_cache_grows():
         cache, (out, record) = step(cache, q, keys[:, :, t], values[:, :, t])
         assert (exact_error(out, q, keys, values, [t + 1] * B) <= f64(record.e_total)).all()
     assert traces == 1
+
+
+def test_queries_may_be_numpys_and_not_integers():
+    q, *_ = problems.originals()
+    policy = Policy.paper()
+    cache = problems.cache(policy)
+    out, _ = attention.certified_attention(np.asarray(q), cache, policy)
+    want, _ = attention.certified_attention(q, cache, policy)
+    np.testing.assert_array_equal(out, want)
+    np.testing.assert_array_equal(attention.dense_attention(np.asarray(q), cache), attention.dense_attention(q, cache))
+    with pytest.raises(InvalidArgumentError, match="q must be floating point.*int32"):
+        attention.certified_attention(np.zeros(q.shape, np.int32), cache, policy)
+    with pytest.raises(InvalidArgumentError, match="policy must be a certjax.Policy, got str"):
+        attention.certified_attention(q, cache, "paper")

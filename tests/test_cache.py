@@ -244,6 +244,19 @@ def test_capacity_below_the_prompt_is_refused():
         TieredKVCache.from_prefill(*kv(), POLICY, capacity=N - 1)
 
 
+@pytest.mark.parametrize("lengths", [[N + 1, N], [N, -1], [N], [[N, N]], [1.0, 2.0]], ids=str)
+def test_lengths_that_are_none_of_the_originals_are_refused(lengths):
+    with pytest.raises(InvalidArgumentError, match="lengths must be"):
+        TieredKVCache.from_prefill(*kv(), POLICY, lengths=np.array(lengths))
+
+
+def test_lengths_may_be_a_list_and_a_policy_may_not_be_missing():
+    cache = TieredKVCache.from_prefill(*kv(), POLICY, lengths=[N, N - 5])
+    assert cache.length.tolist() == [N, N - 5] and len(repr(cache)) < 400
+    with pytest.raises(InvalidArgumentError, match="policy must be a certjax.Policy, got NoneType"):
+        TieredKVCache.from_prefill(*kv(), None)
+
+
 def test_token_of_the_wrong_shape_is_refused():
     cache = build(*kv(), jnp.asarray([5, 5]))
     with pytest.raises(InvalidArgumentError, match="k has shape"):

@@ -87,7 +87,8 @@ def assert_message(result, *parts):
 
 @pytest.mark.parametrize(("mode", "policy"), WAYS)
 def test_json_holds_text_tokens_and_report_in_every_mode_and_with_every_policy(checkpoint, mode, policy):
-    result = generated(checkpoint, "--mode", mode, "--policy", policy, "--json")
+    options = () if mode == "dense" else ("--policy", policy)
+    result = generated(checkpoint, "--mode", mode, *options, "--json")
     payload = strict_json(result.stdout)
     assert payload.keys() == {"text", "tokens", "device", "report"}
     assert len(payload["text"]) == len(payload["tokens"]) == 1
@@ -128,9 +129,11 @@ def test_command_gives_what_the_library_gives(checkpoint):
 
 
 def test_options_reach_the_policy(checkpoint):
-    result = generated(checkpoint, "--mode", "dense", "--tolerance", 0.2, "--relative-to", "head", "--json")
+    options = ("--tolerance", 0.2, "--relative-to", "head", "--block-size", 32, "--kv-dtype", "bfloat16")
+    result = generated(checkpoint, "--mode", "naive", *options, "--json")
     policy = strict_json(result.stdout)["report"]["policy"]
     assert (policy["tolerance"], policy["relative_to"], policy["codec"]) == (0.2, "head", "planes")
+    assert policy["block_size"] == 32
 
 
 def test_seed_decides_what_is_drawn(checkpoint):
@@ -182,6 +185,8 @@ def test_compiled_programs_are_kept_in_the_cache_directory(checkpoint, isolated,
 BAD_OPTIONS = {
     "tolerance with the paper policy": (["--policy", "paper", "--tolerance", "0.1"], "--tolerance"),
     "relative-to with the paper policy": (["--policy", "paper", "--relative-to", "head"], "--relative-to"),
+    "tolerance of dense mode": (["--mode", "dense", "--tolerance", "0.1"], "--mode dense compresses and certifies"),
+    "policy of dense mode": (["--mode", "dense", "--policy", "budget"], "--mode dense compresses and certifies"),
     "tolerance of zero": (["--tolerance", "0"], "tolerance must be positive, got 0"),
     "no new tokens": (["--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
     "more tokens than the context": (["--max-new-tokens", "128"], "the model's context of 128"),

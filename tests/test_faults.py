@@ -2,14 +2,17 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from certjax import Policy
+from certjax import Policy, TieredKVCache, decode
+from certjax.models.llama.modeling import init_params
 from tests import problems
 from tests.oracle import exact_error, f64
 from tests.problems import certify
+from tests.test_fused import small_model
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -163,3 +166,34 @@ def test_boundary_check_fails_when_a_block_left_behind_could_be_the_heaviest():
     _, record = certify(q, problems.cache(policy), policy)
     failed = ~np.asarray(record.boundary_ok)
     assert failed.any() and (np.asarray(record.rung)[failed] == 3).all()
+
+
+def grown(cache):
+    """Under jit, where a cache that is full cannot refuse a token."""
+    k = jnp.ones((*cache.ring_keys.shape[:-2], cache.head_dim), cache.ring_keys.dtype)
+    return jax.jit(lambda c: c.append(k, k))(cache)
+
+
+@policies
+def test_token_without_a_place_fails_its_sequence(policy):
+    cache = grown(problems.cache(policy))  # the first sequence is full, the second is not
+    _, record = certify(problems.originals()[0], cache, policy)
+    assert not np.asarray(record.precondition_ok[0]).any() and (np.asarray(record.rung[0]) == 4).all()
+    assert np.asarray(record.precondition_ok[1]).all() and (np.asarray(record.rung[1]) < 4).all()
+
+
+def test_token_without_a_place_fails_its_sequence_in_kernels_and_in_a_decode_step():
+    policy = Policy.budget(0.5, block_size=128, backend="reference")
+    config = dataclasses.replace(small_model().config, dtype="float32")
+    keys = jax.random.normal(jax.random.key(1), (2, 2, 2, 512, 64)).astype(jnp.bfloat16)
+    cache = TieredKVCache.from_prefill(keys, keys[::-1], policy, lengths=jnp.array([511, 512]), capacity=512)
+    step = jax.jit(lambda p, c: decode.step(config, "certified", policy, p, c, jnp.zeros(2, jnp.int32))[1:])
+    params, fine = init_params(config, jax.random.key(0)), []
+    for _ in range(2):
+        cache, certificate = step(params, cache)
+        fine.append(np.asarray(certificate.precondition_ok).all((0, 2)).tolist())
+    assert fine == [[True, False], [False, False]]
+    alone = TieredKVCache.from_prefill(keys[0], keys[1], policy, lengths=jnp.array([511, 512]), capacity=512)
+    q = jax.random.normal(jax.random.key(2), (2, 4, 64))
+    _, record = certify(q, grown(alone), policy)
+    assert np.asarray(record.precondition_ok).all(1).tolist() == [True, False]

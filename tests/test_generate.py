@@ -422,6 +422,12 @@ REFUSED = {
     "chat without a template": ("hello", {"chat": True}, "no chat template; pass chat=False"),
     "negative temperature": (IDS, {"temperature": -1.0}, "temperature must be >= 0"),
     "negative top_k": (IDS, {"top_k": -1}, "top_k must be >= 0"),
+    "policy by name": (IDS, {"policy": "budget"}, "policy must be a certjax.Policy, got str; make one by Policy"),
+    "policy not called": (IDS, {"policy": Policy.budget}, "policy must be a certjax.Policy, got a class or function"),
+    "a half token": (IDS, {"max_new_tokens": 1.5}, "max_new_tokens must be an integer, got 1.5"),
+    "a half top_k": (IDS, {"top_k": 1.7}, "top_k must be an integer"),
+    "bytes": (b"hi", {}, "prompts is bytes; decode it"),
+    "ids that are no integers": ([[1.0, 2.0]], {}, "a token id must be an integer, got 1.0"),
     "top_p of zero": (IDS, {"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
 }
 TOO_LONG = {
@@ -473,6 +479,20 @@ def test_text_for_a_model_without_tokenizer_is_refused_before_any_work(model, no
         generate(model, "hello")
     with pytest.raises(InvalidArgumentError, match="no tokenizer; use generate"):
         stream(model, IDS)
+
+
+def test_what_is_no_model_and_options_that_are_none_are_named(talking, no_work):
+    for work in (generate, stream):
+        with pytest.raises(InvalidArgumentError, match="model must be a certjax.Model, got str; certjax.load"):
+            work("smollm2", "hello")
+    with pytest.raises(TypeError, match=r"stream\(\) got an unexpected keyword argument 'polcy'"):
+        stream(talking, "hello", polcy=None)
+
+
+def test_representations_are_short(results, model):
+    generation, _ = results("dense")
+    assert len(repr(generation)) < 300 and "2 sequences" in repr(generation)
+    assert len(repr(model)) < 800
 
 
 @pytest.mark.parametrize("batch", [[IDS], [IDS, IDS], ["hello"], ["hello", "hello"]], ids=str)

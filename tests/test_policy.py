@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from certjax import InvalidArgumentError, Policy
@@ -57,6 +58,32 @@ def test_value_out_of_range_is_refused_by_name_with_what_is_accepted(preset, fie
     with pytest.raises(InvalidArgumentError, match=field) as caught:
         preset(**{"codec": "int8_int4", field: value})  # the codec whose options are checked as well
     caught.match(remedy)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "what"),
+    [
+        ("tolerance", "0.05", "a number"), ("tolerance", True, "a number"), ("block_size", "16", "an integer"),
+        ("block_size", 16.0, "an integer"), ("block_size", None, "an integer"), ("seed", 1.5, "an integer"),
+        ("scrub", 2.5, "an integer"), ("canary", 1, "True or False"), ("key_planes", 8, "a tuple of widths"),
+        ("margin", "much", "a number"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_value_of_another_type_is_refused_by_name(field, value, what):
+    with pytest.raises(InvalidArgumentError, match=f"{field} must be {what}.*, got "):
+        Policy.budget(**{field: value})
+
+
+def test_numbers_of_numpy_and_jax_make_the_policy_that_pythons_make():
+    same = Policy.budget(0.5, block_size=16, key_planes=(8, 4))
+    other = Policy.budget(jnp.float32(0.5), block_size=np.int64(16), key_planes=[8, np.int32(4)])
+    assert same == other and hash(same) == hash(other)
+
+
+def test_tolerance_that_enforces_nothing_is_refused():
+    with pytest.raises(InvalidArgumentError, match=r"tolerance must be finite.*Policy.observe"):
+        Policy.budget(float("inf"))
 
 
 @pytest.mark.parametrize("tolerance", [0, 0.0, -0.05, float("nan"), None])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,9 @@ def _evaluate(
     if as_json:
         print_json({"out": str(out), "records": len(found), "rows": [_plain(row) for row in rows]})
         return
-    Console(highlight=False, markup=False).print(_table(rows))
+    # Whoever reads a file or a pipe has more room than a terminal of 80 columns.
+    width = None if sys.stdout.isatty() else 160
+    Console(highlight=False, markup=False, width=width).print(_table(rows))
     click.echo(f"{len(found)} records in {out}. Next: certjax report {out} --out {out.with_suffix('')}-report")
 
 
@@ -192,7 +195,7 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
 def _table(rows: list[dict[str, Any]]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for column in ("context", "task", "mode"):
-        table.add_column(column, no_wrap=column != "mode")
+        table.add_column(column, no_wrap=column != "mode", min_width=len(column), overflow="fold")
     for column in ("samples", "score", "bound before\nfallback: mean", "\nmax", "dense\nsteps", "s a\nsample"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:

@@ -34,6 +34,13 @@ from certjax.policy import Policy
     "--codec", type=click.Choice(sorted(REGISTRY)), default=None,
     help="Tier-1 format.  [default: planes, with --policy paper int8_int4]",
 )  # fmt: skip
+@click.option(
+    "--block-size", type=int, default=None, help="Tokens of a block; kernels on a GPU read 128.  [default: 16]"
+)
+@click.option(
+    "--kv-dtype", type=click.Choice(["float16", "bfloat16", "float32"]), default=None,
+    help="Of the originals; kernels on a GPU read bfloat16.  [default: the model's]",
+)  # fmt: skip
 @click.option("--max-new-tokens", type=int, default=64, show_default=True)
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", type=int, default=0, help="0 keeps all tokens.")
@@ -42,15 +49,21 @@ from certjax.policy import Policy
 @click.option("--chat/--no-chat", default=None, help="Use the chat template.  [default: if the model has one]")
 @json_option
 def generate_command(
-    name, prompts, mode, policy_name, tolerance, relative_to, codec, max_new_tokens, temperature, top_k, top_p, seed,
-    chat, as_json,
+    name, prompts, mode, policy_name, tolerance, relative_to, codec, block_size, kv_dtype, max_new_tokens, temperature,
+    top_k, top_p, seed, chat, as_json,
 ) -> None:  # fmt: skip
     """Generate text and print what the certificates say."""
     use_compilation_cache()
     with clean_errors():
-        policy = _policy(policy_name, tolerance, relative_to, codec)
+        given = click.get_current_context().get_parameter_source("policy_name").name != "DEFAULT"
+        if mode == "dense" and (given or {tolerance, relative_to, codec, block_size} != {None}):
+            raise InvalidArgumentError(
+                "--mode dense compresses and certifies nothing: leave out --policy, --tolerance, --relative-to, "
+                "--codec and --block-size, or choose another mode."
+            )
+        policy = _policy(policy_name, tolerance, relative_to, codec=codec, block_size=block_size)
         prompts = [sys.stdin.read() if p == "-" else p for p in prompts]
-        model = load(name, progress=not as_json)
+        model = load(name, kv_dtype=kv_dtype, progress=not as_json)
         chat = model.tokenizer.has_chat_template if chat is None and model.tokenizer else bool(chat)
         result = generate(
             model, prompts, max_new_tokens=max_new_tokens, mode=mode, policy=policy, key=jax.random.key(seed),
@@ -75,8 +88,8 @@ def generate_command(
     console.print(table)
 
 
-def _policy(name: str, tolerance: float | None, relative_to: str | None, codec: str | None) -> Policy:
-    chosen = {} if codec is None else {"codec": codec}
+def _policy(name: str, tolerance: float | None, relative_to: str | None, **fields) -> Policy:
+    chosen = {field: x for field, x in fields.items() if x is not None}
     if name == "budget":
         return Policy.budget(0.05 if tolerance is None else tolerance, relative_to or "layer", **chosen)
     if tolerance is not None or relative_to is not None:

@@ -40,7 +40,7 @@ def report_command(files, out, audit_files, baseline, resamples, seed, plots, as
     with clean_errors():
         _require("scipy", "certjax report")
         if plots:
-            _require("matplotlib", "--plots")
+            _require("matplotlib", "a report with figures (leave them out with --no-plots)")
         from certjax.eval import records, render, summary
 
         audits = [_read_audit(path) for path in audit_files]

@@ -128,6 +128,6 @@ def _obstacles(policy: Policy, cache: TieredKVCache, n_query_heads: int) -> list
         (policy.exploration == 0 and policy.ranking_depth == 0, "exploration and the ranking check are not there"),
         (d in (64, 128), f"head_dim is {d}, the kernels are for 64 and 128"),
         (group <= MAX_GROUP, f"{group} query heads share a KV head, the kernels take {MAX_GROUP}"),
-        (dtype == "bfloat16", f"originals are {dtype}, the kernels read bfloat16"),
+        (dtype == "bfloat16", f"originals are {dtype}, the kernels read bfloat16 (kv_dtype of certjax.load)"),
     )  # fmt: skip
     return [reason for ok, reason in checks if not ok]
