@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import lax
 
@@ -231,7 +232,7 @@ class TieredKVCache:
         for name, x in (("k", k), ("v", v)):
             if x.shape != expected:
                 raise InvalidArgumentError(f"{name} has shape {x.shape}, the cache appends {expected}.")
-        if not isinstance(self.length, jax.core.Tracer) and bool((self.length >= self.capacity).any()):
+        if not isinstance(self.length, jax.core.Tracer) and (np.asarray(self.length) >= self.capacity).any():
             raise ContextLengthError(
                 f"the cache is full ({self.capacity} tokens); build it with a larger `capacity`."
             )
@@ -366,14 +367,16 @@ MAX_DEPTH = 2**19 - 2
 
 def _checked_lengths(lengths: jax.Array | int, batch: int, n: int) -> jax.Array:
     """Of sequences, `[batch]` int32, of originals that have room for `n` tokens each."""
-    lengths = jnp.broadcast_to(lengths, (batch,)) if jnp.ndim(lengths) == 0 else jnp.asarray(lengths)
+    known = not isinstance(lengths, jax.core.Tracer)
+    if known:  # by NumPy: under jit JAX's own operations on what is known make what is not
+        lengths = np.broadcast_to(lengths, (batch,)) if np.ndim(lengths) == 0 else np.asarray(lengths)
     if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise InvalidArgumentError(
             f"lengths must be [batch] integers with batch={batch}; got {lengths.dtype} {lengths.shape}."
         )
-    if not isinstance(lengths, jax.core.Tracer) and bool(((lengths < 0) | (lengths > n)).any()):
+    if known and ((lengths < 0) | (lengths > n)).any():
         raise InvalidArgumentError(f"lengths must be from 0 to the {n} tokens given; got {lengths.tolist()}.")
-    return lengths.astype(jnp.int32)
+    return jnp.asarray(lengths, jnp.int32)
 
 
 def _check_originals(keys: jax.Array, values: jax.Array) -> None:
