@@ -55,12 +55,13 @@ def problem(d: int) -> tuple[jax.Array, TieredKVCache]:
 
 
 def attended(d: int, policy: Policy) -> list[int]:
+    """Head-steps of one call by rung."""
     _, certificate = jax.jit(certified_attention, static_argnums=2)(*problem(d), policy)
     return np.bincount(np.asarray(certificate.rung).ravel(), minlength=5).tolist()
 
 
 def decoded(policy: Policy) -> list[int]:
-    """Rungs of a model's steps: tokens appended, a block encoded, the output projected."""
+    """The same of a model's steps: tokens appended, a block encoded, the output projected."""
     params = init_params(CONFIG, jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (2, PROMPT), 0, CONFIG.vocab_size)
     fixed = CONFIG, "certified", policy, Sampling()

@@ -330,7 +330,7 @@ def _scores_finite(problem: reading.Problem, keys: reading.Keys) -> jax.Array:
 
 
 def _preconditions(policy, problem: reading.Problem, cache: TieredKVCache, candidate, passed) -> jax.Array:
-    """P1 and P3 (P2 shows as a non-finite annotation, hence bound), and a place for every token: `[b, Hkv]` bool."""
+    """P1 and P3 (P2 shows as a non-finite annotation, hence bound), and P5: `[b, Hkv]` bool."""
     window = jnp.where(problem.window_live[:, None, None], jnp.isfinite(problem.window_scores), True).all(-1)
     sound = (window & passed.finite & jnp.isfinite(candidate.out).all(-1)).all(-1) & cache.holds_all[:, None]
     return sound & checks.fingerprints_ok(cache, policy.scrub) if policy.scrub else sound

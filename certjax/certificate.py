@@ -42,7 +42,8 @@ class Certificate:
         0 nothing promoted, 1 key blocks promoted beyond the base set, 2 value blocks promoted, 3 dense (this
         head), 4 dense (whole layer, a check failed).
     ranking_ok, boundary_ok, canary_ok, precondition_ok
-        Outcomes of the checks; `precondition_ok` joins P1 (fingerprints) and P3 (finite scores and bounds).
+        Outcomes of the checks; `precondition_ok` joins P1 (fingerprints), P3 (finite scores and
+        bounds) and P5 (a place for every token).
     bytes_read
         Read on the device by the plan, charged once per KV head to its first query head: tier 1 at the chosen
         precisions with its annotations, the windows, the share of tier 1 whose fingerprints were checked. What a kernel
