@@ -110,7 +110,7 @@ class TieredKVCache:
 
     @property
     def holds_all(self) -> jax.Array:
-        """P5, whether every token that was counted has a place: `[batch]` bool. Under jit `append` cannot refuse one."""
+        """P5, whether every token that was counted has a place: `[batch]` bool. (Under jit `append` refuses none.)"""
         return self.length <= self.capacity
 
     # -- construction ---------------------------------------------------------------------------------
