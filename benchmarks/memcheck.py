@@ -54,10 +54,15 @@ def problem(d: int) -> tuple[jax.Array, TieredKVCache]:
     return q.reshape(B, -1, d).astype(jnp.bfloat16), cache.replace(plan=jnp.zeros_like(cache.plan))
 
 
+def by_rung(rungs: jax.Array) -> list[int]:
+    """How many there are of each."""
+    return np.bincount(np.asarray(rungs).ravel(), minlength=5).tolist()
+
+
 def attended(d: int, policy: Policy) -> list[int]:
     """Head-steps of one call by rung."""
     _, certificate = jax.jit(certified_attention, static_argnums=2)(*problem(d), policy)
-    return np.bincount(np.asarray(certificate.rung).ravel(), minlength=5).tolist()
+    return by_rung(certificate.rung)
 
 
 def decoded(policy: Policy) -> list[int]:
@@ -69,7 +74,7 @@ def decoded(policy: Policy) -> list[int]:
     state = decode.start(*fixed, 2048, STEPS + 1, params, tokens, lengths, jax.random.key(2))
     state = jax.block_until_ready(decode.run(*fixed, params, state, jnp.int32(STEPS)))
     telemetry = jax.device_get(state.telemetry)
-    return np.bincount(telemetry.certificate.rung[telemetry.valid[:, 0]].ravel(), minlength=5).tolist()
+    return by_rung(telemetry.certificate.rung[telemetry.valid[:, 0]])
 
 
 def main() -> None:

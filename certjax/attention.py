@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from certjax import arguments, checks, ladder, reading, select, terms
 from certjax import attempt as att
+from certjax import checks, ladder, reading, select, terms
 from certjax.cache import TieredKVCache
 from certjax.certificate import Certificate
 from certjax.costs import read_costs
@@ -25,7 +25,7 @@ from certjax.fused.chain import chained_attention
 from certjax.fused.dispatch import FUSED, chained, kernels_of, pick_backend
 from certjax.fused.operands import Shared, shared
 from certjax.fused.project import Again, Project, as_it_is
-from certjax.policy import Policy
+from certjax.policy import Policy, require_policy
 from pallas_kernels import numerics as num
 from pallas_kernels.attend.reference import Weights, block_log_mass
 from pallas_kernels.promote.reference import (
@@ -68,7 +68,7 @@ def certified_attention(
     MissingTier2Error
         If the originals are missing, or not in the memory that the cache's policy says.
     """
-    arguments.instance("policy", policy, Policy, "make one by Policy.budget(...), .paper() or .observe()")
+    require_policy(policy)
     cache.require_tier2()
     groups = _grouped(q, cache)
     backend = pick_backend(policy, cache, q.shape[1])

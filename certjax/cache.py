@@ -24,14 +24,14 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from certjax import arguments, host
+from certjax import host
 from certjax.codecs import Annotations, Codec, HeadStats, fingerprint
 from certjax.codecs.base import Codes
 from certjax.codecs.notes import Shares
 from certjax.encode import close_block, close_blocks, encode_blocks, encode_prompt
 from certjax.errors import ContextLengthError, InvalidArgumentError, MissingTier2Error
 from certjax.ordering import not_before
-from certjax.policy import Policy
+from certjax.policy import Policy, require_policy
 from certjax.writing import write_originals_of_row, write_row, write_rows
 from pallas_kernels import numerics as num
 from pallas_kernels.levels import TILE, initial_plan
@@ -144,7 +144,7 @@ class TieredKVCache:
             On mismatched shapes, an unsupported dtype, a head dim or capacity beyond what certificates cover, a
             capacity below N, or (outside jit) lengths beyond N.
         """
-        arguments.instance("policy", policy, Policy, "make one by Policy.budget(...), .paper() or .observe()")
+        require_policy(policy)
         _check_originals(keys, values)
         n = keys.shape[-2]
         capacity = n + policy.block_size if capacity is None else capacity

@@ -16,7 +16,7 @@ from certjax.errors import ContextLengthError, InvalidArgumentError
 from certjax.model import Model
 from certjax.models.llama.config import LlamaConfig
 from certjax.plugs import MODES, Mode
-from certjax.policy import Policy
+from certjax.policy import Policy, require_policy
 from certjax.report import Report, summarize
 from certjax.sampling import Sampling
 
@@ -105,6 +105,7 @@ def generate(
     ContextLengthError
         If prompt and new tokens exceed the model's context.
     """
+    arguments.instance("model", model, Model, "certjax.load returns one")
     job = _prepare(model, prompts, max_new_tokens, mode, policy, key, temperature, top_k, top_p, chat)
     began = time.perf_counter()
     state = job.start()
@@ -198,9 +199,8 @@ class _Job:
 def _prepare(
     model, prompts, max_new_tokens, mode, policy, key, temperature, top_k, top_p, chat
 ) -> _Job:
-    arguments.instance("model", model, Model, "certjax.load returns one")
     if policy is not None:
-        arguments.instance("policy", policy, Policy, "make one by Policy.budget(...), .paper() or .observe()")
+        require_policy(policy)
     if mode not in MODES:
         raise InvalidArgumentError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}.")
     if arguments.integer("max_new_tokens", max_new_tokens) < 1:

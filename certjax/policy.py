@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from certjax import arguments
 from certjax.codecs import Codec, make_codec
@@ -16,20 +16,22 @@ FORM = (
 )  # fmt: skip
 """Fields that say how tokens are stored; the others say how they are attended to."""
 
-INTEGERS = (
-    "block_size", "group_size", "sink_tokens", "recent_tokens", "k_min", "k_max", "ranking_depth", "seed", "scrub",
-)  # fmt: skip
-NUMBERS = (
-    "tolerance", "host_price", "margin", "max_promoted", "tau_cov", "v_tol", "rung1_threshold", "rung1_multiplier",
-    "eps_guard", "exploration",
-)  # fmt: skip
-FLAGS = "refine", "rotate", "spectral", "skip_values", "canary"
-PLANES = "key_planes", "value_planes"
-
 
 def _require(ok: bool, message: str) -> None:
     if not ok:
         raise InvalidArgumentError(message)
+
+
+def _widths(name: str, x: Any) -> tuple[int, ...]:
+    if not isinstance(x, (tuple, list)):
+        raise InvalidArgumentError(f"{name} must be a tuple of widths in bits such as (8, 4), got {x!r}.")
+    return tuple(arguments.integer(name, width) for width in x)
+
+
+TYPED = {
+    "int": arguments.integer, "float": arguments.number, "bool": arguments.flag, "tuple[int, ...]": _widths,
+}  # fmt: skip
+"""Annotation of a field -> what makes a value of it, or refuses it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,17 +167,11 @@ class Policy:
 
     def _typed(self) -> None:
         """Fields as Python's own numbers and tuples: a policy is static under jit, and compared by value."""
-        kinds = ((INTEGERS, arguments.integer), (NUMBERS, arguments.number), (FLAGS, arguments.flag))
-        for names, typed in kinds:
-            for name in names:
-                x = getattr(self, name)
-                if x is not None or name not in ("tolerance", "group_size"):
-                    object.__setattr__(self, name, typed(name, x))
-        for name in PLANES:
-            widths = getattr(self, name)
-            if not isinstance(widths, (tuple, list)):
-                raise InvalidArgumentError(f"{name} must be a tuple of widths in bits such as (8, 4), got {widths!r}.")
-            object.__setattr__(self, name, tuple(arguments.integer(name, w) for w in widths))
+        for field in dataclasses.fields(self):
+            kind, _, optional = field.type.partition(" | ")
+            x = getattr(self, field.name)
+            if kind in TYPED and not (optional and x is None):
+                object.__setattr__(self, field.name, TYPED[kind](field.name, x))
 
     def __post_init__(self):
         self._typed()
@@ -270,3 +266,8 @@ class Policy:
     def ring_blocks(self) -> int:
         """Blocks of the recent window's ring: the window and the block being filled."""
         return self.recent_tokens // self.block_size + 1
+
+
+def require_policy(policy: Policy) -> None:
+    """Refuse what is no `Policy`, such as its name or a preset that was not called."""
+    arguments.instance("policy", policy, Policy, "make one by Policy.budget(...), .paper() or .observe()")

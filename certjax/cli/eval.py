@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
-from certjax.cli.common import clean_errors, json_option, print_json, use_compilation_cache
+from certjax.cli.common import (
+    clean_errors,
+    json_option,
+    kv_dtype_option,
+    print_json,
+    use_compilation_cache,
+    wide_console,
+)
 from certjax.errors import InvalidArgumentError
 from certjax.eval import run as runner
 from certjax.eval.answers import Questions, source_of
@@ -71,8 +76,7 @@ def _common(command: Callable) -> Callable:
         click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True,
                      help="Samples decoded together."),
         click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the samples."),
-        click.option("--kv-dtype", type=click.Choice(["float16", "bfloat16", "float32"]),
-                     help="Of the cached originals.  [default: the model's]"),
+        kv_dtype_option,
         click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path),
                      help="JSON lines. What is there already is not run again."),
         json_option,
@@ -177,9 +181,7 @@ def _evaluate(
     if as_json:
         print_json({"out": str(out), "records": len(found), "rows": [_plain(row) for row in rows]})
         return
-    # Whoever reads a file or a pipe has more room than a terminal of 80 columns.
-    width = None if sys.stdout.isatty() else 160
-    Console(highlight=False, markup=False, width=width).print(_table(rows))
+    wide_console().print(_table(rows))
     click.echo(f"{len(found)} records in {out}. Next: certjax report {out} --out {out.with_suffix('')}-report")
 
 

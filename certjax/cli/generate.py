@@ -9,7 +9,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from certjax.cli.common import clean_errors, json_option, print_json, use_compilation_cache
+from certjax.cli.common import clean_errors, json_option, kv_dtype_option, print_json, use_compilation_cache
 from certjax.codecs import REGISTRY
 from certjax.errors import InvalidArgumentError
 from certjax.generate import generate
@@ -37,10 +37,7 @@ from certjax.policy import Policy
 @click.option(
     "--block-size", type=int, default=None, help="Tokens of a block; kernels on a GPU read 128.  [default: 16]"
 )
-@click.option(
-    "--kv-dtype", type=click.Choice(["float16", "bfloat16", "float32"]), default=None,
-    help="Of the originals; kernels on a GPU read bfloat16.  [default: the model's]",
-)  # fmt: skip
+@kv_dtype_option
 @click.option("--max-new-tokens", type=int, default=64, show_default=True)
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", type=int, default=0, help="0 keeps all tokens.")

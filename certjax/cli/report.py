@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
-from certjax.cli.common import clean_errors, json_option, print_json
+from certjax.cli.common import clean_errors, json_option, print_json, wide_console
 from certjax.errors import CertjaxError, InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -56,8 +54,7 @@ def report_command(files, out, audit_files, baseline, resamples, seed, plots, as
     if as_json:
         print_json(report)
         return
-    # Whoever reads a file or a pipe has more room than a terminal of 80 columns.
-    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
+    console = wide_console()
     if shown["shared"]:
         console.print(render.shared(shown), "", sep="\n")
     for part in render.sections(shown, audits):
